@@ -1,0 +1,236 @@
+"""Student and teacher under DeepSpeed: building the engines, and one optimizer step."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+from linearard import ds_config as ds
+from linearard import parallel, schedule
+from linearard.capture import AttentionPass, attention_core
+from linearard.config import Config, layers_of, teacher_window
+from linearard.layout import MicroBatch, cut, shards_hold_windows
+from linearard.losses import RelationLoss, TeacherRelations, logits_kl, next_token_loss
+from linearard.models.rope import RopeSwitch, scaled_config
+from linearard.models.student import load_model, make_trainable
+from linearard.models.teacher import Teacher
+from linearard.parallel import ParallelContext
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step measured, reduced over all ranks and accumulation steps; means in nats."""
+
+    loss: float
+    relation_loss: dict[str, float]
+    relation_loss_per_layer: dict[str, list[float]]
+    next_token_loss: float | None
+    logits_kl: float | None
+    grad_norm: float  # before clipping
+    learning_rate: float
+    tokens: int  # not padding, over all ranks
+
+
+class Engine:
+    """The student's DeepSpeed engine with its teacher."""
+
+    def __init__(self, config: Config, native: PretrainedConfig, context: ParallelContext) -> None:
+        """Loads both models and starts ZeRO.
+
+        Args:
+            config: the run.
+            native: the base's configuration (`models.student.load_model_config`).
+            context: this rank's place.
+
+        Raises:
+            UserError: the model cannot be loaded or does not fit the configuration.
+        """
+        self.config, self.context = config, context
+        self.window = teacher_window(config, native.max_position_embeddings)
+        self.local_windows = config.parallel.relation_parallel == "auto" and shards_hold_windows(
+            config.data.seq_len, self.window, context
+        ) or context.sequence_parallel_size == 1
+        self._ds_config = ds.complete(config)
+        self.scaled = scaled_config(native, config.model.rope_parameters, config.model.existing_rope)
+        self._hf_configs: list[HfDeepSpeedConfig] = []  # transformers keeps only weak references
+        # Every rank initialises the adapters alike; dropout differs by rank afterwards.
+        torch.manual_seed(config.train.seed)
+        student = make_trainable(self._load(self.scaled, self._ds_config), config)
+        self.rope = RopeSwitch(student, native, self.scaled, config.data.seq_len, context.device)
+        self.engine = self._initialize(student)
+        torch.manual_seed(config.train.seed + 1 + context.rank)
+        self._ulysses = parallel.ulysses(attention_core, native, config.train.micro_batch_size, context)
+        self._teacher = self._build_teacher(native)
+        self.weights = {name: weight for name, weight in config.objective.relations.items() if weight}
+        copies = max(context.sequence_parallel_size // native.num_key_value_heads, 1)
+        self.relation_loss = RelationLoss(
+            self.weights,
+            layers_of(config, native.num_hidden_layers),
+            native.num_attention_heads,
+            native.num_key_value_heads,
+            key_value_share=1.0 if self.local_windows else 1.0 / copies,
+        )
+
+    @property
+    def module(self) -> nn.Module:
+        """The student: a transformers model, inside a PeftModel where LoRA is trained."""
+        return self.engine.module
+
+    @property
+    def gradient_scale(self) -> float:
+        """What a rank's share of the summed loss is multiplied with so that gradients are those of the sum.
+
+        ZeRO 3 (reduce_scatter) averages over all ranks, ZeRO 1 and 2 divide by the number of data-parallel
+        replicas only (deepspeed.runtime.zero: stage3, stage_1_and_2).
+        """
+        size = self.context.world_size
+        return size if ds.zero_stage(self._ds_config) == 3 else size / self.context.sequence_parallel_size
+
+    def step(self, batches: list[dict[str, torch.Tensor]], step: int) -> StepResult:
+        """One optimizer step over one batch per accumulation step.
+
+        Args:
+            batches: host batches [B, T] (`linearard.layout.cut`), equal on the ranks of a sequence-parallel group.
+            step: number of the optimizer step, from 0.
+
+        Raises:
+            FloatingPointError: loss or gradient norm is not finite; weights are left as they were.
+        """
+        config, device = self.config, self.context.device
+        cuts = [cut(batch, self.window, self.local_windows, self.context) for batch in batches]
+        rate = self._set_learning_rate(step)
+        counts = torch.tensor(
+            [sum(c.relation_rows for c in cuts), sum(c.label_count for c in cuts)], dtype=torch.int64, device=device
+        )
+        rows, labels = (int(n) for n in self.context.all_reduce(counts).tolist())
+        self.relation_loss.reset()
+        sums = torch.zeros(2, dtype=torch.float64, device=device)  # next-token, logits KL
+        for micro_batch in cuts:
+            sums += self._micro_step(micro_batch, rows, labels)
+            if micro_batch is not cuts[-1]:
+                self.engine.step()  # counts the micro-step; nothing moves before the boundary
+        relation_sums = self.relation_loss.stacked_sums(device)
+        reduced = self.context.all_reduce(torch.cat([relation_sums.flatten(), sums]))
+        means, per_layer = self.relation_loss.means(reduced[:-2].view_as(relation_sums), rows)
+        next_token, kl = (reduced[-2:] / max(labels, 1)).tolist()
+        loss = sum(weight * means[name] for name, weight in self.weights.items())
+        loss += config.objective.next_token * next_token + config.objective.logits_kl * kl
+        if not torch.isfinite(torch.tensor(loss)):
+            raise FloatingPointError(f"loss is {loss} at step {step}; weights are as they were before it")
+        self.engine.step()
+        grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
+        return StepResult(
+            loss=loss,
+            relation_loss=means,
+            relation_loss_per_layer=per_layer,
+            next_token_loss=next_token if config.objective.next_token else None,
+            logits_kl=kl if config.objective.logits_kl else None,
+            grad_norm=grad_norm,
+            learning_rate=rate,
+            tokens=rows,
+        )
+
+    def _micro_step(self, batch: MicroBatch, rows: int, labels: int) -> torch.Tensor:
+        """Teacher forward, student forward, backward; returns this rank's [next-token, logits KL] sums."""
+        objective = self.config.objective
+        teacher = TeacherRelations(
+            self.weights, self.relation_loss.layers, batch.teacher_input_ids.shape[0] // batch.input_ids.shape[0]
+        )
+        teacher_logits = None
+        if self.weights or objective.logits_kl:
+            teacher_logits = self._teacher.forward(batch, teacher.observe, want_logits=bool(objective.logits_kl))
+        want_logits = bool(objective.next_token or objective.logits_kl)
+        observer = self.relation_loss.observer(teacher, batch.relation_segment_ids, rows, self.gradient_scale)
+        output = self.engine(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            logits_to_keep=0 if want_logits else 1,
+            attention_pass=AttentionPass(batch.segments, self._ulysses, observer, batch.local_windows),
+        )
+        sums = torch.zeros(2, dtype=torch.float64, device=self.context.device)
+        # The output takes part even if no term reads it: ZeRO-3's hooks start there (relation gradients are added
+        # inside the layers, `losses.RelationLoss`).
+        loss = 0.0 * output.logits[:, -1, 0].sum().float()
+        if objective.next_token:
+            value = next_token_loss(output.logits, batch.labels)
+            sums[0] = value.detach()
+            loss = loss + value * (objective.next_token / max(labels, 1))
+        if teacher_logits is not None:
+            value = logits_kl(output.logits, teacher_logits, batch.labels)
+            sums[1] = value.detach()
+            loss = loss + value * (objective.logits_kl / max(labels, 1))
+        self.engine.backward(loss * self.gradient_scale, scale_wrt_gas=False)
+        return sums
+
+    # ------------------------------------------------------------------------------------------ building
+
+    def _load(self, model_config: PretrainedConfig, ds_config: dict[str, Any]) -> nn.Module:
+        """Loads weights: partitioned at once under ZeRO-3, whole otherwise."""
+        if ds.zero_stage(ds_config) == 3:
+            self._hf_configs.append(HfDeepSpeedConfig(copy.deepcopy(ds_config)))
+        else:
+            unset_hf_deepspeed_config()
+        return load_model(self.config, model_config)
+
+    def _initialize(self, student: nn.Module) -> Any:
+        train = self.config.train
+        trainable = [p for p in student.parameters() if p.requires_grad]
+        decay = [p for p in trainable if _shape(p).numel() and len(_shape(p)) > 1]
+        plain = [p for p in trainable if not len(_shape(p)) > 1]
+        groups = [{"params": decay, "weight_decay": train.weight_decay}]
+        if plain:
+            groups.append({"params": plain, "weight_decay": 0.0})
+        optimizer = torch.optim.AdamW(
+            groups, lr=train.learning_rate, betas=(train.adam_beta1, train.adam_beta2), eps=train.adam_eps
+        )
+        engine, *_ = deepspeed.initialize(
+            model=student,
+            optimizer=optimizer,
+            config=copy.deepcopy(self._ds_config),
+            mpu=parallel.mpu(self.context),
+            dist_init_required=False,
+        )
+        return engine
+
+    def _build_teacher(self, native: PretrainedConfig) -> Teacher:
+        kind = self.config.teacher.kind
+        if kind == "auto":
+            kind = "shared" if self.config.model.trainable == "lora" else "replica"
+        if kind == "shared":
+            return Teacher(self.engine.module, self._ulysses, self.rope)
+        ds_config = ds.inference_only(self._ds_config)
+        module = self._load(native, ds_config)
+        # The native frequencies, in fp32 and out of reach of casts, as the shared teacher has them.
+        RopeSwitch(module, native, self.scaled, self.config.data.seq_len, self.context.device).make_native()
+        if ds.zero_stage(ds_config) == 3:
+            engine, *_ = deepspeed.initialize(
+                model=module, config=copy.deepcopy(ds_config), mpu=parallel.mpu(self.context), dist_init_required=False
+            )
+            return Teacher(engine.module, self._ulysses, None)
+        return Teacher(module.to(self.context.device), self._ulysses, None)
+
+    def _set_learning_rate(self, step: int) -> float:
+        train = self.config.train
+        rate = schedule.learning_rate(
+            step,
+            peak=train.learning_rate,
+            warmup_steps=train.warmup_steps,
+            max_steps=train.max_steps,
+            min_lr_ratio=train.min_lr_ratio,
+        )
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+
+def _shape(parameter: Any) -> torch.Size:
+    """A parameter's whole shape, also where ZeRO-3 has partitioned it."""
+    return getattr(parameter, "ds_shape", parameter.shape)

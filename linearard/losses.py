@@ -1,0 +1,221 @@
+"""The terms of the loss. Each gives (sum, count); the division by the globally counted rows happens once.
+
+The relation terms never become part of a graph that spans layers. A layer's attention passes its q, k, v through
+`RelationLoss.observe`, an identity whose backward computes that layer's KL, value and gradient at once, and adds the
+gradient to those of q, k and v. Under gradient checkpointing only one layer's q, k, v is alive at that time, and
+the KL is computed once although the layer's forward runs twice.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from relation_kl import attention_kl, relation_kl
+from torch.utils.checkpoint import checkpoint
+
+LayerTensors = dict[str, torch.Tensor]  # "q", "k", "v" -> [B, H or Hkv, T, D]
+
+
+class TeacherRelations:
+    """Collects the teacher's q, k, v of the layers and relations that the loss uses."""
+
+    def __init__(self, relations: dict[str, float], layers: tuple[int, ...], windows_per_row: int = 1) -> None:
+        """windows_per_row: how many consecutive rows of the teacher's batch make one row of the student's."""
+        self._names = sorted({letter for name in relations for letter in name})
+        self._layers = frozenset(layers)
+        self._windows = windows_per_row
+        self.layers: dict[int, LayerTensors] = {}
+
+    def observe(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The `capture.Observer` of the teacher's forward pass."""
+        if layer in self._layers:
+            tensors = {"q": query, "k": key, "v": value}
+            self.layers[layer] = {name: self._join(tensors[name].detach()) for name in self._names}
+        return query, key, value
+
+    def _join(self, x: torch.Tensor) -> torch.Tensor:
+        """[B * n, H, W, D] -> [B, H, n * W, D]."""
+        if self._windows == 1:
+            return x
+        rows, heads, window, dim = x.shape
+        x = x.view(rows // self._windows, self._windows, heads, window, dim).transpose(1, 2)
+        return x.reshape(rows // self._windows, heads, self._windows * window, dim)
+
+
+class RelationLoss:
+    """The relation terms of one optimizer step on this rank.
+
+    sum over relations r:  w_r / (layers * H_r * rows) * sum of KL_i over layers, heads and rows,
+    KL_i = sum_j Pt_ij (log Pt_ij - log Ps_ij) in nats (arXiv 2604.00004; DESIGN of relation_kl).
+    """
+
+    def __init__(
+        self,
+        weights: dict[str, float],
+        layers: tuple[int, ...],
+        num_attention_heads: int,
+        num_key_value_heads: int,
+        key_value_share: float,
+    ) -> None:
+        """
+        Args:
+            weights: relation ("qq", "kk", "vv", "qk") -> weight above 0.
+            layers: layer numbers.
+            num_attention_heads: H of the whole model, the heads of qq and qk.
+            num_key_value_heads: Hkv of the whole model, the heads of kk and vv.
+            key_value_share: what this rank counts of each of its key-value heads: below 1 where ranks hold
+                replicas of the same head.
+        """
+        self.weights = weights
+        self.layers = layers
+        self._heads = {name: num_attention_heads if "q" in name else num_key_value_heads for name in weights}
+        self._share = {name: 1.0 if "q" in name else key_value_share for name in weights}
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the sums; call once per optimizer step."""
+        self.sums: dict[tuple[int, str], torch.Tensor] = {}
+
+    def observer(
+        self, teacher: TeacherRelations, segment_ids: torch.Tensor, rows: int, gradient_scale: float
+    ) -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """The `capture.Observer` of one student forward pass.
+
+        Args:
+            teacher: q, k, v of the same tokens and heads.
+            segment_ids: int32 [B, T], negative for padding.
+            rows: valid rows of one head over all ranks and accumulation steps.
+            gradient_scale: factor of the gradient, for what the optimizer's reduction divides by.
+        """
+
+        def observe(
+            layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            if layer not in teacher.layers or not torch.is_grad_enabled():
+                return query, key, value
+
+            def value_and_grad(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, torch.Tensor]:
+                return self._layer(layer, {"q": q, "k": k, "v": v}, teacher.layers[layer], segment_ids, scaling, factor)
+
+            factor = gradient_scale / (len(self.layers) * max(rows, 1))
+            return _AddRelationGradient.apply(query, key, value, value_and_grad)  # type: ignore[return-value]
+
+        return observe
+
+    def _layer(
+        self,
+        layer: int,
+        student: LayerTensors,
+        teacher: LayerTensors,
+        segment_ids: torch.Tensor,
+        scaling: float,
+        factor: float,
+    ) -> dict[str, torch.Tensor]:
+        """Adds this layer's sums; returns the gradient of q, k, v where there is one."""
+        gradients: dict[str, torch.Tensor] = {}
+        for name, weight in self.weights.items():
+            with torch.enable_grad():
+                inputs = {letter: student[letter].detach().requires_grad_() for letter in sorted(set(name))}
+                if name == "qk":
+                    rows = attention_kl(
+                        inputs["q"], inputs["k"], teacher["q"], teacher["k"], softmax_scale=scaling, segment_ids=segment_ids
+                    )
+                else:
+                    letter = name[0]
+                    rows = relation_kl(
+                        inputs[letter], teacher[letter], softmax_scale=scaling, segment_ids=segment_ids
+                    )
+            share = self._share[name]
+            upstream = rows.new_full((), factor * weight * share / self._heads[name]).expand_as(rows)
+            for letter, gradient in zip(inputs, torch.autograd.grad(rows, list(inputs.values()), upstream), strict=True):
+                gradients[letter] = gradients[letter] + gradient if letter in gradients else gradient
+            total = rows.detach().sum(dtype=torch.float64 if rows.device.type == "cpu" else torch.float32) * share
+            key = (layer, name)
+            self.sums[key] = self.sums[key] + total if key in self.sums else total
+        return gradients
+
+    def means(self, sums: torch.Tensor, rows: int) -> tuple[dict[str, float], dict[str, list[float]]]:
+        """Mean KL of each relation, and of each layer, from sums [relations, layers] reduced over all ranks."""
+        per_layer = {
+            name: (sums[i] / (self._heads[name] * max(rows, 1))).tolist() for i, name in enumerate(self.weights)
+        }
+        return {name: sum(values) / len(values) for name, values in per_layer.items()}, per_layer
+
+    def stacked_sums(self, device: torch.device) -> torch.Tensor:
+        """This rank's sums, fp64 [relations, layers]; zeros before the backward pass."""
+        table = torch.zeros(len(self.weights), len(self.layers), dtype=torch.float64, device=device)
+        for i, name in enumerate(self.weights):
+            for j, layer in enumerate(self.layers):
+                if (layer, name) in self.sums:
+                    table[i, j] = self.sums[layer, name]
+        return table
+
+
+class _AddRelationGradient(torch.autograd.Function):
+    """Identity on q, k, v; backward adds the gradient of a loss that is computed there."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, value_and_grad: Any) -> Any:
+        ctx.save_for_backward(query, key, value)
+        ctx.value_and_grad = value_and_grad
+        return query.view_as(query), key.view_as(key), value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> Any:
+        gradients = ctx.value_and_grad(*ctx.saved_tensors)
+        ctx.value_and_grad = None
+        return *(
+            grad + gradients[name] if name in gradients else grad for name, grad in zip("qkv", upstream, strict=True)
+        ), None
+
+
+def next_token_loss(logits: torch.Tensor, labels: torch.Tensor, chunk: int = 2048) -> torch.Tensor:
+    """Sum of next-token cross-entropies in nats, fp32.
+
+    Args:
+        logits: [B, N, V].
+        labels: int64 [B, N], -100 where there is nothing to predict; already shifted.
+        chunk: tokens whose fp32 logits exist at a time, in forward and backward.
+    """
+
+    def part(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
+
+    return _in_chunks(part, chunk, logits.flatten(0, 1), labels.flatten())
+
+
+def logits_kl(student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, chunk: int = 2048) -> torch.Tensor:
+    """Sum of KL(teacher || student) of the next-token distributions in nats, fp32, where labels are >= 0.
+
+    Args:
+        student, teacher: logits [B, N, V].
+        labels: int64 [B, N].
+        chunk: tokens whose fp32 logits exist at a time.
+    """
+
+    def part(student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        log_s, log_t = F.log_softmax(student.float(), -1), F.log_softmax(teacher.float(), -1)
+        return ((log_t.exp() * (log_t - log_s)).sum(-1) * (labels >= 0)).sum()
+
+    return _in_chunks(part, chunk, student.flatten(0, 1), teacher.flatten(0, 1), labels.flatten())
+
+
+def _in_chunks(part: Callable[..., torch.Tensor], chunk: int, *tensors: torch.Tensor) -> torch.Tensor:
+    total = torch.zeros((), dtype=torch.float32, device=tensors[0].device)
+    for pieces in zip(*(x.split(chunk) for x in tensors), strict=True):
+        total = total + torch.as_tensor(checkpoint(part, *pieces, use_reentrant=False))
+    return total
+
+
+def per_layer_table(layers: tuple[int, ...], per_layer: dict[str, list[float]]) -> dict[str, dict[int, float]]:
+    """Per-layer means keyed by layer number, for metrics.jsonl."""
+    table: dict[str, dict[int, float]] = defaultdict(dict)
+    for name, values in per_layer.items():
+        table[name] = dict(zip(layers, values, strict=True))
+    return dict(table)

@@ -1,0 +1,1 @@
+"""The student, its teacher, and the RoPE that tells them apart."""

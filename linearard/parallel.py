@@ -1,0 +1,148 @@
+"""Ranks, devices and process groups; Ulysses sequence parallelism."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.sequence_parallel import parallel_state_sp
+from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+
+from linearard.errors import UserError
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """Where this process stands. Sequence-parallel ranks are neighbours: rank = data_parallel_rank * P + sp rank."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    sequence_parallel_size: int
+    sequence_parallel_group: dist.ProcessGroup | None  # None at size 1
+
+    @property
+    def sequence_parallel_rank(self) -> int:
+        return self.rank % self.sequence_parallel_size
+
+    @property
+    def data_parallel_rank(self) -> int:
+        return self.rank // self.sequence_parallel_size
+
+    @property
+    def data_parallel_size(self) -> int:
+        return self.world_size // self.sequence_parallel_size
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def shard(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This rank's contiguous part of [B, T, ...] along the sequence: [B, T / P, ...]."""
+        length = tensor.shape[1] // self.sequence_parallel_size
+        return tensor.narrow(1, self.sequence_parallel_rank * length, length)
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over all ranks, in place; returns the tensor."""
+        dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+
+def initialize(sequence_parallel_size: int, timeout: timedelta = timedelta(minutes=30)) -> ParallelContext:
+    """Starts torch.distributed as the launcher asks and builds the sequence-parallel groups; once per process.
+
+    Raises:
+        UserError: started under MPI without a working mpi4py, or the world size does not fit P.
+    """
+    under_mpi = any(name in os.environ for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK"))
+    if "RANK" not in os.environ and not under_mpi:
+        # A plain `python -m`: one process. DeepSpeed would look for an MPI launcher and fail there.
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        # Only inference_all_reduce uses this op; building it takes 40 s and needs ninja.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    try:  # also where torch.distributed was started already: DeepSpeed wraps it
+        deepspeed.init_distributed(
+            dist_backend=accelerator.communication_backend_name(), timeout=timeout, verbose=False
+        )
+    except (ImportError, RuntimeError) as error:
+        if under_mpi and "mpi" in str(error).lower():
+            raise UserError(
+                "started under MPI, but mpi4py cannot load libmpi; install an MPI library (Debian: libopenmpi-dev) "
+                "or start with the deepspeed launcher"
+            ) from error
+        raise
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    if world_size % sequence_parallel_size:
+        raise UserError(
+            f"parallel.sequence_parallel_size: {sequence_parallel_size} does not divide the {world_size} started "
+            "processes; start a multiple of it"
+        )
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cpu")
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(local_rank)
+        device = torch.device(accelerator.device_name(local_rank))
+    group = None
+    if sequence_parallel_size > 1:
+        parallel_state_sp.initialize_sequence_parallel(sequence_parallel_size)
+        group = parallel_state_sp.get_sequence_parallel_group()
+    return ParallelContext(rank, world_size, local_rank, device, sequence_parallel_size, group)
+
+
+def finalize() -> None:
+    """Leaves the process group; safe to call on every path."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def mpu(context: ParallelContext) -> Any:
+    """What `deepspeed.initialize(mpu=...)` takes: DeepSpeed's own sequence-parallel state, None at size 1."""
+    return parallel_state_sp if context.sequence_parallel_size > 1 else None
+
+
+def ulysses(
+    attention: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
+    model_config: Any,
+    batch_size: int,
+    context: ParallelContext,
+) -> UlyssesSPAttentionHF | None:
+    """DeepSpeed's Ulysses around `attention`; None at size 1.
+
+    The class is used as it is; `register_with_transformers` is not, because that replaces a function of every model
+    in the process and fixes the batch size of all of them. Called with shards q [B, H, T/P, D] and
+    k, v [B, Hkv, T/P, D]; inside, `attention` gets q [B, H/P, T, D] and k, v [B, max(Hkv/P, 1), T, D].
+    """
+    if context.sequence_parallel_size == 1:
+        return None
+    heads = model_config.num_attention_heads
+    return UlyssesSPAttentionHF(
+        attn=attention,
+        batch_size=batch_size,
+        attn_head_count=heads,
+        attn_head_size=getattr(model_config, "head_dim", None) or model_config.hidden_size // heads,
+        kv_head_count=model_config.num_key_value_heads,
+        num_hidden_layers=model_config.num_hidden_layers,
+        process_group=context.sequence_parallel_group,
+        seq_length_is_variable=True,
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

@@ -1,0 +1,495 @@
+"""Train the small Llama base model, with its own tokenizer, that `make demo` restores.
+
+The text is every machine's own: the Python standard library and, on request, the installed packages. The
+standard-library files that the demo evaluates on (`linearard.data.is_held_out`) stay out of it, copies included.
+
+    PYTHONPATH=$PWD python3 tools/train_base_model.py --output assets/base_model --site-packages --time-budget 360
+
+The output folder is a Hugging Face model: bf16 weights, config, tokenizer, and a README.md with measured numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+import os
+import platform
+import random
+import shlex
+import subprocess
+import sys
+import sysconfig
+import time
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.nn.functional as F
+import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from linearard.data import is_held_out
+from linearard.errors import UserError
+
+SKIPPED_DIRS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "encodings", "__pycache__"}
+SKIPPED_DIRS |= {"turtledemo"}
+PACKAGE_SUFFIXES = {".py", ".pyi", ".md", ".rst", ".txt"}
+MAX_FILE_BYTES = 1_000_000
+HELD_OUT_FRACTION = 0.05
+BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+# A word takes one leading space or sign ("_name", ".name"); digits stand alone; a line break takes the blank lines
+# and the indentation after it, but for the last space, which belongs to the next word.
+PIECES = (
+    r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+(?:[ \t]+(?!\S))?|\s+(?!\S)|\s+"
+)
+
+
+@dataclass
+class Corpus:
+    """Texts of the training and the held-out files, and how many files were left out, by reason."""
+
+    train: list[str] = field(default_factory=list)
+    held_out: list[str] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+    library_files: int = 0
+
+
+def useful_lines(text: str) -> set[str]:
+    """Lines long enough to tell one file from another."""
+    return {line for line in map(str.strip, text.splitlines()) if len(line) >= 12}
+
+
+class CopyDetector:
+    """Recognises exact and near copies of the held-out files."""
+
+    def __init__(self, held_out: dict[str, str]):
+        self.digests = {digest(text) for text in held_out.values()}
+        self.files = [(name.rsplit("/", 1)[-1], len(useful_lines(text))) for name, text in held_out.items()]
+        self.index: dict[str, list[int]] = defaultdict(list)
+        for number, text in enumerate(held_out.values()):
+            for line in useful_lines(text):
+                self.index[line].append(number)
+
+    def is_copy(self, basename: str, text: str) -> bool:
+        """True for equal content, or for more than half of the lines (of either file under the same name) shared."""
+        if digest(text) in self.digests:
+            return True
+        lines = useful_lines(text)
+        shared = Counter(number for line in lines for number in self.index.get(line, ()))
+        for number, count in shared.items():
+            name, size = self.files[number]
+            limit = min(size, len(lines)) if name == basename else size
+            if count >= 5 and 2 * count > limit:
+                return True
+        return False
+
+
+def digest(text: str) -> bytes:
+    """SHA-256 of a text, blind to the line-break convention."""
+    return hashlib.sha256(text.replace("\r\n", "\n").encode()).digest()
+
+
+def looks_generated(text: str) -> bool:
+    """True for tables and minified files: very long lines, or more than 30 % digits."""
+    lines = text.count("\n") + 1
+    return len(text) > 200 * lines or sum(map(text.count, "0123456789")) > 0.3 * len(text)
+
+
+def read_text(path: Path, skipped: Counter[str]) -> str | None:
+    """The text of a file, or None (and the reason counted) where it is not worth training on."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        skipped["unreadable"] += 1
+        return None
+    if len(data) > MAX_FILE_BYTES:
+        skipped["larger than 1 MB"] += 1
+        return None
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        skipped["not UTF-8"] += 1
+        return None
+    if not text.strip():
+        skipped["empty"] += 1
+        return None
+    return text
+
+
+def read_corpus(stdlib: Path, packages: list[Path]) -> Corpus:
+    """Read the library tree and the package trees, keeping held-out files and their copies out of training."""
+    corpus, held_out, library = Corpus(), {}, {}
+    for path in sorted(stdlib.rglob("*.py")):
+        identity = path.relative_to(stdlib)
+        if SKIPPED_DIRS.isdisjoint(identity.parts[:-1]):
+            text = read_text(path, corpus.skipped)
+            if text is not None:
+                is_held = is_held_out(identity.as_posix(), HELD_OUT_FRACTION)
+                (held_out if is_held else library)[identity.as_posix()] = text
+    if not held_out or not library:
+        raise UserError(f"--stdlib {stdlib}: {len(library)} training and {len(held_out)} held-out files; need both")
+    copies, seen = CopyDetector(held_out), set()
+
+    def keep(basename: str, text: str) -> None:
+        if digest(text) in seen:
+            corpus.skipped["exact duplicate"] += 1
+        elif looks_generated(text):
+            corpus.skipped["looks generated"] += 1
+        elif copies.is_copy(basename, text):
+            corpus.skipped["copy of a held-out file"] += 1
+        else:
+            seen.add(digest(text))
+            corpus.train.append(text)
+
+    for name, text in library.items():
+        keep(name.rsplit("/", 1)[-1], text)
+    corpus.library_files = len(corpus.train)
+    for tree in packages:
+        for path in sorted(tree.rglob("*")):
+            if path.suffix in PACKAGE_SUFFIXES and path.is_file():
+                text = read_text(path, corpus.skipped)
+                if text is not None:
+                    keep(path.name, text)
+    corpus.held_out = list(held_out.values())
+    return corpus
+
+
+def train_tokenizer(texts: list[str], vocab_size: int, max_bytes: int, seed: int) -> Tokenizer:
+    """Byte-level BPE learnt from a random choice of the texts of at most `max_bytes` characters."""
+    order, chosen, total = random.Random(seed).sample(texts, len(texts)), [], 0
+    for text in order:
+        if total < max_bytes:
+            chosen.append(text)
+            total += len(text)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
+        [
+            pre_tokenizers.Split(Regex(PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS, PAD],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        max_token_length=32,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(chosen, trainer)
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, texts: list[str]) -> list[torch.Tensor]:
+    """int16 token ids of each text, BOS first. A special token's name inside a text is plain text here."""
+    tokenizer.encode_special_tokens = True
+    bos, documents = tokenizer.token_to_id(BOS), []
+    for start in range(0, len(texts), 1024):
+        for encoding in tokenizer.encode_batch_fast(texts[start : start + 1024], add_special_tokens=False):
+            documents.append(torch.tensor([bos, *encoding.ids], dtype=torch.int16))
+    tokenizer.encode_special_tokens = False
+    return documents
+
+
+def build_config(options: argparse.Namespace) -> LlamaConfig:
+    """The Llama architecture that the options describe."""
+    return LlamaConfig(
+        vocab_size=options.vocab_size,
+        hidden_size=options.hidden_size,
+        num_hidden_layers=options.num_hidden_layers,
+        num_attention_heads=options.num_attention_heads,
+        num_key_value_heads=options.num_key_value_heads,
+        intermediate_size=options.intermediate_size,
+        max_position_embeddings=options.seq_len,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        attn_implementation="sdpa",
+    )
+
+
+def next_token_loss(model: LlamaForCausalLM, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Mean next-token loss in nats of `ids` [batch, seq_len + 1].
+
+    Calls the layers one by one: with no mask object in sight, SDPA always takes its causal flash kernel.
+    """
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    hidden = model.model.embed_tokens(inputs).to(dtype)
+    position_ids = torch.arange(inputs.shape[1], device=ids.device)[None]
+    rotary = model.model.rotary_emb(hidden, position_ids=position_ids)
+    for layer in model.model.layers:
+        hidden = layer(hidden, attention_mask=None, position_ids=position_ids, position_embeddings=rotary)
+    logits = model.lm_head(model.model.norm(hidden))
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+def learning_rate(progress: float, step: int, options: argparse.Namespace) -> float:
+    """Linear warm-up over steps, then a cosine to zero over `progress` (0 to 1) of the budget."""
+    warm = min(1.0, (step + 1) / options.warmup_steps)
+    return options.lr * warm * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+
+
+def train(model: LlamaForCausalLM, documents: list[torch.Tensor], options: argparse.Namespace) -> dict[str, float]:
+    """Train until the budget of tokens or seconds is spent; one sample in four starts at a document's start."""
+    device, cuda = model.device, model.device.type == "cuda"
+    dtype = torch.bfloat16 if cuda else torch.float32
+    stream = torch.cat(documents).to(device)
+    span = torch.arange(options.seq_len + 1, device=device)
+    last_start = len(stream) - len(span)
+    if last_start < 0:
+        raise UserError(f"the training text has {len(stream)} tokens; --seq-len {options.seq_len} needs more")
+    lengths = torch.tensor([len(document) for document in documents])
+    starts = (lengths.cumsum(0) - lengths).to(device)
+    starts = starts[starts <= last_start]
+    generator = torch.Generator(device).manual_seed(options.seed)
+
+    def draw() -> torch.Tensor:
+        at_start = options.batch_size // 4
+        anywhere = torch.randint(last_start + 1, (options.batch_size - at_start,), generator=generator, device=device)
+        picked = starts[torch.randint(len(starts), (at_start,), generator=generator, device=device)]
+        return stream[torch.cat([anywhere, picked])[:, None] + span].long()
+
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95), fused=cuda)
+    loss_function = torch.compile(next_token_loss) if cuda and options.compile else next_token_loss
+
+    def forward_backward() -> torch.Tensor:
+        with torch.autocast(device.type, dtype=dtype, enabled=cuda):
+            loss = loss_function(model, draw(), dtype)
+        loss.backward()
+        return loss.detach()
+
+    model.train()
+    first_loss = float(forward_backward())  # compiles; its gradient is thrown away, its seconds are not counted
+    optimizer.zero_grad(set_to_none=True)
+    tokens_per_step = options.batch_size * options.seq_len
+    total_steps = math.ceil(options.tokens / tokens_per_step) if options.tokens else 0
+    step, recent, report_at, start = 0, first_loss, 5.0, time.perf_counter()
+    while True:
+        seconds = time.perf_counter() - start
+        progress = step / total_steps if total_steps else seconds / options.time_budget
+        if progress >= 1.0:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(progress, step, options)
+        loss = forward_backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        if step % 10 == 0:  # reading the loss keeps the host from running ahead of the clock
+            recent = 0.8 * recent + 0.2 * float(loss)
+            if not math.isfinite(recent):
+                raise UserError(f"the loss is not finite at step {step}; lower --lr {options.lr}")
+            if seconds >= report_at:
+                speed, left = step * tokens_per_step / seconds, seconds / max(progress, 1e-9) - seconds
+                print(f"step {step:6d}  loss {recent:.4f}  {speed / 1e6:.3f} M tokens/s  {left:4.0f} s left", flush=True)
+                report_at = seconds + 5.0
+    if cuda:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
+    return {"steps": step, "tokens": step * tokens_per_step, "seconds": seconds, "first_loss": first_loss,
+            "last_loss": recent, "peak_gib": peak}  # fmt: skip
+
+
+@torch.no_grad()
+def evaluate(folder: Path, documents: list[torch.Tensor], device: torch.device, factor: float) -> tuple[float, float]:
+    """Loss (nats per token) and top-1 accuracy of the saved weights, RoPE positions divided by `factor`.
+
+    Each document (BOS first) is cut in windows of the native length; every token but a window's first is scored.
+    """
+    config = LlamaConfig.from_pretrained(folder)
+    window = config.max_position_embeddings
+    if factor != 1.0:
+        config.rope_parameters = {"rope_type": "linear", "factor": factor, "rope_theta": 10000.0}
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.bfloat16).to(device).eval()
+    pieces = [piece for document in documents for piece in document.split(window) if len(piece) > 1]
+    loss_sum = correct = count = 0.0
+    for start in range(0, len(pieces), 128):
+        rows = torch.nn.utils.rnn.pad_sequence(pieces[start : start + 128], batch_first=True, padding_value=-100)
+        rows = rows.long().to(device)
+        targets = rows[:, 1:].flatten()
+        logits = model(input_ids=rows.clamp(min=0), use_cache=False).logits[:, :-1].flatten(0, 1).float()
+        loss_sum += float(F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum"))
+        correct += float((logits.argmax(-1) == targets).sum())
+        count += float((targets >= 0).sum())
+    return loss_sum / count, correct / count
+
+
+def save(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write the weights in bf16, the config and the tokenizer."""
+    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="1GB")  # pyright: ignore[reportArgumentType]
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        model_max_length=model.config.max_position_embeddings,
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(folder)
+
+
+CARD = """\
+# Base model of the LinearARD demo
+
+A Llama of {parameters:,} parameters ({size_mb:.1f} MB in bf16) with a native window of {seq_len} tokens, trained from
+scratch so that RoPE scaling has something to damage and `make demo` something to restore. It continues Python code
+and package documentation; it is of no use for anything else. Every number below was written by the training program.
+
+| held-out text, native length | loss (nats per token) | top-1 accuracy |
+|---|---|---|
+| as trained | {loss:.4f} | {accuracy:.4f} |
+| linear RoPE x8, not restored | {scaled_loss:.4f} | {scaled_accuracy:.4f} |
+
+Measured on the saved bf16 weights, reloaded, over {held_out_files} held-out standard-library files
+({held_out_tokens:,} tokens) cut in windows of {seq_len}.
+
+## Training
+- Command: `{command}`
+- Seed {seed}; git commit {commit}
+- {device}; Python {python}, torch {torch}, transformers {transformers}
+- {steps:,} steps, {tokens:,} tokens in {seconds:.0f} s ({speed:.2f} M tokens/s, peak memory {peak_gib:.1f} GiB);
+  training loss {first_loss:.3f} at first, {last_loss:.3f} at last
+
+## Text
+The Python standard library and the packages installed on the training machine, under their own licences.
+- {train_files:,} files ({library_files} of the standard library), {train_bytes:,} bytes, {train_tokens:,} tokens
+- Left out: {skipped}
+- Held out: {held_out_files} standard-library files ({held_out_bytes:,} bytes), chosen by the hash of their path
+  (`linearard.data.is_held_out`, fraction {fraction}); copies of them, exact or near, are not trained on.
+- Tokenizer: byte-level BPE, {vocab_size:,} entries, learnt from the training text; digits one by one.
+"""
+
+
+def command_line(argv: list[str]) -> str:
+    """The command as typed, absolute paths cut to their last part."""
+    words = [Path(word).name if os.path.isabs(word) else word for word in argv]
+    return shlex.join(["python3", "tools/train_base_model.py", *words])
+
+
+def git_commit() -> str:
+    """The commit of the repository that holds this file, or "not available"."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "not available"
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are `UserError`s."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Read and check the command line."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--output", type=Path, required=True, help="folder to write; must be new or empty")
+    add("--stdlib", type=Path, default=Path(sysconfig.get_paths()["stdlib"]), help="standard-library tree")
+    add("--site-packages", type=Path, nargs="*", metavar="DIR", help="package trees (none named: those of sys.path)")
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--time-budget", type=float, metavar="SECONDS", help="training time, compilation apart")
+    budget.add_argument("--tokens", type=int, help="training tokens")
+    for name, default in {
+        "vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 5, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "intermediate_size": 672, "seq_len": 256, "batch_size": 512, "warmup_steps": 200,
+        "tokenizer_bytes": 48_000_000,
+    }.items():  # fmt: skip
+        add(f"--{name.replace('_', '-')}", type=int, default=default, help=f"default {default}")
+    for name, number in {"lr": 3e-3, "weight_decay": 0.1, "clip": 1.0}.items():
+        add(f"--{name.replace('_', '-')}", type=float, default=number, help=f"default {number}")
+    add("--seed", type=int, default=0)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--no-compile", dest="compile", action="store_false", help="run the model uncompiled")
+    options = parser.parse_args(argv)
+    for name, value in vars(options).items():
+        number = isinstance(value, (int, float)) and name not in ("seed", "weight_decay", "compile")
+        if number and not 0 < value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be a number above zero")
+    if not 260 <= options.vocab_size <= 32767:
+        raise UserError(f"--vocab-size {options.vocab_size}: must be 260 to 32767")
+    heads = options.num_attention_heads
+    if options.hidden_size % (2 * heads) or heads % options.num_key_value_heads:
+        raise UserError("--hidden-size must be an even multiple of --num-attention-heads, itself one of --num-key-value-heads")
+    if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
+        raise UserError(f"--output {options.output}: exists and is not an empty folder")
+    if options.site_packages == []:
+        names = {"site-packages", "dist-packages"}
+        options.site_packages = sorted({Path(p).resolve() for p in sys.path if Path(p).name in names and Path(p).is_dir()})
+    for tree in [options.stdlib, *(options.site_packages or [])]:
+        if not tree.is_dir():
+            raise UserError(f"{tree}: not a folder")
+    return options
+
+
+def run(argv: list[str]) -> dict[str, float | int | str]:
+    """Do all the work; return what the model card reports."""
+    options = parse(argv)
+    began = time.perf_counter()
+
+    def say(text: str) -> None:
+        print(f"[{time.perf_counter() - began:5.0f} s] {text}", flush=True)
+
+    torch.manual_seed(options.seed)
+    torch.set_float32_matmul_precision("high")
+    device = torch.device(options.device)
+    corpus = read_corpus(options.stdlib, options.site_packages or [])
+    train_bytes = sum(len(text.encode()) for text in corpus.train)
+    skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(corpus.skipped.items())) or "none"
+    say(f"{len(corpus.train)} files, {train_bytes / 1e6:.1f} MB; {len(corpus.held_out)} held out; left out: {skipped}")
+    tokenizer = train_tokenizer(corpus.train, options.vocab_size, options.tokenizer_bytes, options.seed)
+    say(f"tokenizer of {tokenizer.get_vocab_size()} entries")
+    documents, held_out = encode(tokenizer, corpus.train), encode(tokenizer, corpus.held_out)
+    train_tokens, held_out_tokens = sum(map(len, documents)), sum(map(len, held_out))
+    say(f"{train_tokens / 1e6:.2f} M training tokens, {train_bytes / train_tokens:.2f} bytes each")
+    model = LlamaForCausalLM(build_config(options)).to(device)  # pyright: ignore[reportArgumentType]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    say(f"model of {parameters:,} parameters on {device}")
+    measured = train(model, documents, options)
+    say(f"trained {measured['steps']:.0f} steps")
+    save(model, tokenizer, options.output)
+    loss, accuracy = evaluate(options.output, held_out, device, 1.0)
+    scaled_loss, scaled_accuracy = evaluate(options.output, held_out, device, 8.0)
+    say(f"held-out loss {loss:.4f}, accuracy {accuracy:.4f}; linear RoPE x8 untrained {scaled_loss:.4f}")
+    facts: dict[str, float | int | str] = {
+        **measured, "parameters": parameters, "seq_len": options.seq_len, "loss": loss, "accuracy": accuracy,
+        "scaled_loss": scaled_loss, "scaled_accuracy": scaled_accuracy, "held_out_files": len(corpus.held_out),
+        "held_out_tokens": held_out_tokens, "held_out_bytes": sum(len(text.encode()) for text in corpus.held_out),
+        "size_mb": (options.output / "model.safetensors").stat().st_size / 1e6, "command": command_line(argv),
+        "seed": options.seed, "commit": git_commit(), "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "torch": torch.__version__, "transformers": transformers.__version__,
+        "speed": measured["tokens"] / measured["seconds"] / 1e6, "train_files": len(corpus.train),
+        "library_files": corpus.library_files, "train_bytes": train_bytes, "train_tokens": train_tokens,
+        "skipped": skipped, "fraction": HELD_OUT_FRACTION, "vocab_size": tokenizer.get_vocab_size(),
+    }  # fmt: skip
+    (options.output / "README.md").write_text(CARD.format(**facts), encoding="utf-8")
+    say(f"wrote {options.output}")
+    return facts
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program; a bad argument is one line on stderr and status 2."""
+    try:
+        run(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f"train_base_model: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
