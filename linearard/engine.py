@@ -54,9 +54,8 @@ class Engine:
         """
         self.config, self.context = config, context
         self.window = teacher_window(config, native.max_position_embeddings)
-        self.local_windows = config.parallel.relation_parallel == "auto" and shards_hold_windows(
-            config.data.seq_len, self.window, context
-        ) or context.sequence_parallel_size == 1
+        wants_local = config.parallel.relation_parallel == "auto" or context.sequence_parallel_size == 1
+        self.local_windows = wants_local and shards_hold_windows(config.data.seq_len, self.window, context)
         self._ds_config = ds.complete(config)
         self.scaled = scaled_config(native, config.model.rope_parameters, config.model.existing_rope)
         self._hf_configs: list[HfDeepSpeedConfig] = []  # transformers keeps only weak references

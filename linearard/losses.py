@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from relation_kl import attention_kl, relation_kl
+from relation_kl import attention_kl_value_and_grad, relation_kl_value_and_grad
 from torch.utils.checkpoint import checkpoint
 
 LayerTensors = dict[str, torch.Tensor]  # "q", "k", "v" -> [B, H or Hkv, T, D]
@@ -119,23 +119,35 @@ class RelationLoss:
     ) -> dict[str, torch.Tensor]:
         """Adds this layer's sums; returns the gradient of q, k, v where there is one."""
         gradients: dict[str, torch.Tensor] = {}
+
+        def add(letter: str, gradient: torch.Tensor) -> None:
+            gradients[letter] = gradients[letter] + gradient if letter in gradients else gradient
+
+        batch, heads, length, _ = student["q"].shape
         for name, weight in self.weights.items():
-            with torch.enable_grad():
-                inputs = {letter: student[letter].detach().requires_grad_() for letter in sorted(set(name))}
-                if name == "qk":
-                    rows = attention_kl(
-                        inputs["q"], inputs["k"], teacher["q"], teacher["k"], softmax_scale=scaling, segment_ids=segment_ids
-                    )
-                else:
-                    letter = name[0]
-                    rows = relation_kl(
-                        inputs[letter], teacher[letter], softmax_scale=scaling, segment_ids=segment_ids
-                    )
             share = self._share[name]
-            upstream = rows.new_full((), factor * weight * share / self._heads[name]).expand_as(rows)
-            for letter, gradient in zip(inputs, torch.autograd.grad(rows, list(inputs.values()), upstream), strict=True):
-                gradients[letter] = gradients[letter] + gradient if letter in gradients else gradient
-            total = rows.detach().sum(dtype=torch.float64 if rows.device.type == "cpu" else torch.float32) * share
+            count = heads if "q" in name else student["k"].shape[1]
+            upstream = torch.full((), factor * weight * share / self._heads[name], device=segment_ids.device)
+            upstream = upstream.expand(batch, count, length)
+            if name == "qk":
+                rows, of_query, of_key = attention_kl_value_and_grad(
+                    student["q"],
+                    student["k"],
+                    teacher["q"],
+                    teacher["k"],
+                    upstream,
+                    softmax_scale=scaling,
+                    segment_ids=segment_ids,
+                )
+                add("q", of_query)
+                add("k", of_key)
+            else:
+                letter = name[0]
+                rows, gradient = relation_kl_value_and_grad(
+                    student[letter], teacher[letter], upstream, softmax_scale=scaling, segment_ids=segment_ids
+                )
+                add(letter, gradient)
+            total = rows.sum(dtype=torch.float64) * share
             key = (layer, name)
             self.sums[key] = self.sums[key] + total if key in self.sums else total
         return gradients

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
@@ -17,6 +17,8 @@ from deepspeed.runtime.sequence_parallel import parallel_state_sp
 from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
 from linearard.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,28 @@ class ParallelContext:
 
     def barrier(self) -> None:
         dist.barrier()
+
+    def main_first(self, work: Callable[[], T]) -> T:
+        """Runs `work` on rank 0, then on the others, which find its results on disk.
+
+        Raises:
+            UserError: on every rank, when rank 0 raised one; no rank is left waiting.
+        """
+        message: list[str | None] = [None]
+        result: list[T] = []
+        if self.is_main:
+            try:
+                result.append(work())
+            except UserError as error:
+                message[0] = str(error)
+            except BaseException as error:
+                message[0] = f"rank 0 failed: {error!r}"
+                dist.broadcast_object_list(message, src=0)
+                raise
+        dist.broadcast_object_list(message, src=0)
+        if message[0] is not None:
+            raise UserError(message[0])
+        return result[0] if result else work()
 
 
 def initialize(sequence_parallel_size: int, timeout: timedelta = timedelta(minutes=30)) -> ParallelContext:

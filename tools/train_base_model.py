@@ -1,11 +1,12 @@
 """Train the small Llama base model, with its own tokenizer, that `make demo` restores.
 
 The text is every machine's own: the Python standard library and, on request, the installed packages. The
-standard-library files that the demo evaluates on (`linearard.data.is_held_out`) stay out of it, copies included.
+library files that the demo evaluates on (`linearard.data.is_held_out`) stay out of it, copies included.
 
-    PYTHONPATH=$PWD python3 tools/train_base_model.py --output assets/base_model --site-packages --time-budget 360
+    export PYTHONPATH=$PWD
+    python3 tools/train_base_model.py --output assets/base_model --site-packages --time-budget 360
 
-The output folder is a Hugging Face model: bf16 weights, config, tokenizer, and a README.md with measured numbers.
+The output folder is a Hugging Face model: bf16 weights, config, tokenizer, and a README.md of measured numbers.
 """
 
 from __future__ import annotations
@@ -35,17 +36,23 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from linearard.data import is_held_out
 from linearard.errors import UserError
 
-SKIPPED_DIRS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "encodings", "__pycache__"}
-SKIPPED_DIRS |= {"turtledemo"}
+SKIPPED_DIRS = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+SKIPPED_DIRS |= {"lib2to3", "encodings", "__pycache__", "turtledemo"}
 PACKAGE_SUFFIXES = {".py", ".pyi", ".md", ".rst", ".txt"}
 MAX_FILE_BYTES = 1_000_000
 HELD_OUT_FRACTION = 0.05
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
-# A word takes one leading space or sign ("_name", ".name"); digits stand alone; a line break takes the blank lines
-# and the indentation after it, but for the last space, which belongs to the next word.
-PIECES = (
-    r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+(?:[ \t]+(?!\S))?|\s+(?!\S)|\s+"
-)
+# A word takes one leading space or sign ("_name", ".name"); digits stand alone; a line break takes the blank
+# lines and the indentation after it, but for the last space, which belongs to the next word.
+PIECES = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+(?:[ \t]+(?!\S))?|\s+(?!\S)|\s+"
+SHAPE = {
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 672,
+}
 
 
 @dataclass
@@ -56,6 +63,11 @@ class Corpus:
     held_out: list[str] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
     library_files: int = 0
+
+
+def is_held_out_file(relative: str) -> bool:
+    """Whether the library file of this path (to the tree) is held out, under either identity a source may give it."""
+    return any(is_held_out(identity, HELD_OUT_FRACTION) for identity in (relative, f"path:{relative}"))
 
 
 def useful_lines(text: str) -> set[str]:
@@ -75,7 +87,7 @@ class CopyDetector:
                 self.index[line].append(number)
 
     def is_copy(self, basename: str, text: str) -> bool:
-        """True for equal content, or for more than half of the lines (of either file under the same name) shared."""
+        """True for equal content, or for half of the held-out file's lines (same name: of either's) shared."""
         if digest(text) in self.digests:
             return True
         lines = useful_lines(text)
@@ -110,7 +122,7 @@ def read_text(path: Path, skipped: Counter[str]) -> str | None:
         skipped["larger than 1 MB"] += 1
         return None
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         skipped["not UTF-8"] += 1
         return None
@@ -121,17 +133,18 @@ def read_text(path: Path, skipped: Counter[str]) -> str | None:
 
 
 def read_corpus(stdlib: Path, packages: list[Path]) -> Corpus:
-    """Read the library tree and the package trees, keeping held-out files and their copies out of training."""
+    """Read the library and the package trees, keeping held-out files and their copies out of training."""
     corpus, held_out, library = Corpus(), {}, {}
     for path in sorted(stdlib.rglob("*.py")):
         identity = path.relative_to(stdlib)
         if SKIPPED_DIRS.isdisjoint(identity.parts[:-1]):
             text = read_text(path, corpus.skipped)
             if text is not None:
-                is_held = is_held_out(identity.as_posix(), HELD_OUT_FRACTION)
-                (held_out if is_held else library)[identity.as_posix()] = text
+                name = identity.as_posix()
+                (held_out if is_held_out_file(name) else library)[name] = text
     if not held_out or not library:
-        raise UserError(f"--stdlib {stdlib}: {len(library)} training and {len(held_out)} held-out files; need both")
+        counts = f"{len(library)} training and {len(held_out)} held-out files"
+        raise UserError(f"--stdlib {stdlib}: {counts}; needs some of both")
     copies, seen = CopyDetector(held_out), set()
 
     def keep(basename: str, text: str) -> None:
@@ -160,8 +173,8 @@ def read_corpus(stdlib: Path, packages: list[Path]) -> Corpus:
 
 def train_tokenizer(texts: list[str], vocab_size: int, max_bytes: int, seed: int) -> Tokenizer:
     """Byte-level BPE learnt from a random choice of the texts of at most `max_bytes` characters."""
-    order, chosen, total = random.Random(seed).sample(texts, len(texts)), [], 0
-    for text in order:
+    chosen, total = [], 0
+    for text in random.Random(seed).sample(texts, len(texts)):
         if total < max_bytes:
             chosen.append(text)
             total += len(text)
@@ -198,12 +211,7 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> list[torch.Tensor]:
 def build_config(options: argparse.Namespace) -> LlamaConfig:
     """The Llama architecture that the options describe."""
     return LlamaConfig(
-        vocab_size=options.vocab_size,
-        hidden_size=options.hidden_size,
-        num_hidden_layers=options.num_hidden_layers,
-        num_attention_heads=options.num_attention_heads,
-        num_key_value_heads=options.num_key_value_heads,
-        intermediate_size=options.intermediate_size,
+        **{name: getattr(options, name) for name in SHAPE},
         max_position_embeddings=options.seq_len,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         rms_norm_eps=1e-5,
@@ -211,7 +219,6 @@ def build_config(options: argparse.Namespace) -> LlamaConfig:
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
-        attn_implementation="sdpa",
     )
 
 
@@ -237,7 +244,7 @@ def learning_rate(progress: float, step: int, options: argparse.Namespace) -> fl
 
 
 def train(model: LlamaForCausalLM, documents: list[torch.Tensor], options: argparse.Namespace) -> dict[str, float]:
-    """Train until the budget of tokens or seconds is spent; one sample in four starts at a document's start."""
+    """Train until the budget of tokens or seconds is spent; a quarter of the samples are documents' starts."""
     device, cuda = model.device, model.device.type == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
     stream = torch.cat(documents).to(device)
@@ -251,14 +258,17 @@ def train(model: LlamaForCausalLM, documents: list[torch.Tensor], options: argpa
     generator = torch.Generator(device).manual_seed(options.seed)
 
     def draw() -> torch.Tensor:
-        at_start = options.batch_size // 4
-        anywhere = torch.randint(last_start + 1, (options.batch_size - at_start,), generator=generator, device=device)
-        picked = starts[torch.randint(len(starts), (at_start,), generator=generator, device=device)]
-        return stream[torch.cat([anywhere, picked])[:, None] + span].long()
+        index = torch.randint(last_start + 1, (options.batch_size,), generator=generator, device=device)
+        quarter = options.batch_size // 4
+        index[:quarter] = starts[torch.randint(len(starts), (quarter,), generator=generator, device=device)]
+        return stream[index[:, None] + span].long()
 
     matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": options.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95), fused=cuda)
     loss_function = torch.compile(next_token_loss) if cuda and options.compile else next_token_loss
 
@@ -269,7 +279,7 @@ def train(model: LlamaForCausalLM, documents: list[torch.Tensor], options: argpa
         return loss.detach()
 
     model.train()
-    first_loss = float(forward_backward())  # compiles; its gradient is thrown away, its seconds are not counted
+    first_loss = float(forward_backward())  # compiles; its gradient is thrown away, its time not counted
     optimizer.zero_grad(set_to_none=True)
     tokens_per_step = options.batch_size * options.seq_len
     total_steps = math.ceil(options.tokens / tokens_per_step) if options.tokens else 0
@@ -292,7 +302,8 @@ def train(model: LlamaForCausalLM, documents: list[torch.Tensor], options: argpa
                 raise UserError(f"the loss is not finite at step {step}; lower --lr {options.lr}")
             if seconds >= report_at:
                 speed, left = step * tokens_per_step / seconds, seconds / max(progress, 1e-9) - seconds
-                print(f"step {step:6d}  loss {recent:.4f}  {speed / 1e6:.3f} M tokens/s  {left:4.0f} s left", flush=True)
+                line = f"step {step:6d}  loss {recent:.4f}  {speed / 1e6:.3f} M tokens/s  {left:4.0f} s left"
+                print(line, flush=True)
                 report_at = seconds + 5.0
     if cuda:
         torch.cuda.synchronize()
@@ -306,18 +317,19 @@ def train(model: LlamaForCausalLM, documents: list[torch.Tensor], options: argpa
 def evaluate(folder: Path, documents: list[torch.Tensor], device: torch.device, factor: float) -> tuple[float, float]:
     """Loss (nats per token) and top-1 accuracy of the saved weights, RoPE positions divided by `factor`.
 
-    Each document (BOS first) is cut in windows of the native length; every token but a window's first is scored.
+    Each document (BOS first) is cut in windows of the native length; all tokens but each window's first are scored.
     """
     config = LlamaConfig.from_pretrained(folder)
     window = config.max_position_embeddings
     if factor != 1.0:
         config.rope_parameters = {"rope_type": "linear", "factor": factor, "rope_theta": 10000.0}
-    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.bfloat16).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.bfloat16)
+    model.to(device)  # pyright: ignore[reportArgumentType]
     pieces = [piece for document in documents for piece in document.split(window) if len(piece) > 1]
     loss_sum = correct = count = 0.0
     for start in range(0, len(pieces), 128):
-        rows = torch.nn.utils.rnn.pad_sequence(pieces[start : start + 128], batch_first=True, padding_value=-100)
-        rows = rows.long().to(device)
+        batch = pieces[start : start + 128]
+        rows = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=-100).long().to(device)
         targets = rows[:, 1:].flatten()
         logits = model(input_ids=rows.clamp(min=0), use_cache=False).logits[:, :-1].flatten(0, 1).float()
         loss_sum += float(F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum"))
@@ -342,17 +354,18 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
 CARD = """\
 # Base model of the LinearARD demo
 
-A Llama of {parameters:,} parameters ({size_mb:.1f} MB in bf16) with a native window of {seq_len} tokens, trained from
-scratch so that RoPE scaling has something to damage and `make demo` something to restore. It continues Python code
-and package documentation; it is of no use for anything else. Every number below was written by the training program.
+A Llama of {parameters:,} parameters ({size_mb:.1f} MB in bf16) with a native window of {seq_len} tokens, trained
+from scratch so that RoPE scaling has something to damage and `make demo` something to restore. It continues
+Python code and package documentation, and is of no use for anything else. The training program wrote this card,
+every number as measured.
 
-| held-out text, native length | loss (nats per token) | top-1 accuracy |
+| held-out text, windows of {seq_len} tokens | loss (nats per token) | top-1 accuracy |
 |---|---|---|
 | as trained | {loss:.4f} | {accuracy:.4f} |
 | linear RoPE x8, not restored | {scaled_loss:.4f} | {scaled_accuracy:.4f} |
 
 Measured on the saved bf16 weights, reloaded, over {held_out_files} held-out standard-library files
-({held_out_tokens:,} tokens) cut in windows of {seq_len}.
+({held_out_tokens:,} tokens). A document's first window begins with `<s>`; a window's first token is not scored.
 
 ## Training
 - Command: `{command}`
@@ -363,11 +376,12 @@ Measured on the saved bf16 weights, reloaded, over {held_out_files} held-out sta
 
 ## Text
 The Python standard library and the packages installed on the training machine, under their own licences.
-- {train_files:,} files ({library_files} of the standard library), {train_bytes:,} bytes, {train_tokens:,} tokens
-- Left out: {skipped}
-- Held out: {held_out_files} standard-library files ({held_out_bytes:,} bytes), chosen by the hash of their path
-  (`linearard.data.is_held_out`, fraction {fraction}); copies of them, exact or near, are not trained on.
-- Tokenizer: byte-level BPE, {vocab_size:,} entries, learnt from the training text; digits one by one.
+- {train_files:,} files ({library_files} of the standard library, each {stdlib_repeat} times in the training
+  stream, every other file once), {train_bytes:,} bytes, {train_tokens:,} tokens, each file counted once
+- Files left out: {skipped}
+- Held out: {held_out_files} standard-library files ({held_out_bytes:,} bytes), chosen by their path
+  (`linearard.data.is_held_out`, fraction {fraction}, of the bare path and of `path:` before it); copies of them, exact or near, are not trained on
+- Tokenizer: byte-level BPE, {vocab_size:,} entries, learnt from the training text; digits one by one
 """
 
 
@@ -399,15 +413,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--output", type=Path, required=True, help="folder to write; must be new or empty")
     add("--stdlib", type=Path, default=Path(sysconfig.get_paths()["stdlib"]), help="standard-library tree")
-    add("--site-packages", type=Path, nargs="*", metavar="DIR", help="package trees (none named: those of sys.path)")
+    add("--site-packages", type=Path, nargs="*", metavar="DIR", help="package trees (default: sys.path's)")
     budget = parser.add_mutually_exclusive_group(required=True)
-    budget.add_argument("--time-budget", type=float, metavar="SECONDS", help="training time, compilation apart")
+    budget.add_argument("--time-budget", type=float, metavar="SECONDS", help="training time, without compilation")
     budget.add_argument("--tokens", type=int, help="training tokens")
-    for name, default in {
-        "vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 5, "num_attention_heads": 8,
-        "num_key_value_heads": 4, "intermediate_size": 672, "seq_len": 256, "batch_size": 512, "warmup_steps": 200,
-        "tokenizer_bytes": 48_000_000,
-    }.items():  # fmt: skip
+    whole = {"seq_len": 256, "batch_size": 512, "warmup_steps": 200, "stdlib_repeat": 3}
+    for name, default in {**SHAPE, **whole, "tokenizer_bytes": 48_000_000}.items():
         add(f"--{name.replace('_', '-')}", type=int, default=default, help=f"default {default}")
     for name, number in {"lr": 3e-3, "weight_decay": 0.1, "clip": 1.0}.items():
         add(f"--{name.replace('_', '-')}", type=float, default=number, help=f"default {number}")
@@ -423,12 +434,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"--vocab-size {options.vocab_size}: must be 260 to 32767")
     heads = options.num_attention_heads
     if options.hidden_size % (2 * heads) or heads % options.num_key_value_heads:
-        raise UserError("--hidden-size must be an even multiple of --num-attention-heads, itself one of --num-key-value-heads")
+        raise UserError("--num-attention-heads: must divide --hidden-size / 2; --num-key-value-heads must divide it")
     if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
         raise UserError(f"--output {options.output}: exists and is not an empty folder")
     if options.site_packages == []:
-        names = {"site-packages", "dist-packages"}
-        options.site_packages = sorted({Path(p).resolve() for p in sys.path if Path(p).name in names and Path(p).is_dir()})
+        ends = ("site-packages", "dist-packages")
+        trees = {Path(entry).resolve() for entry in sys.path if entry.endswith(ends)}
+        options.site_packages = sorted(tree for tree in trees if tree.is_dir())
     for tree in [options.stdlib, *(options.site_packages or [])]:
         if not tree.is_dir():
             raise UserError(f"{tree}: not a folder")
@@ -443,18 +455,21 @@ def run(argv: list[str]) -> dict[str, float | int | str]:
     def say(text: str) -> None:
         print(f"[{time.perf_counter() - began:5.0f} s] {text}", flush=True)
 
+    transformers.logging.disable_progress_bar()
     torch.manual_seed(options.seed)
     torch.set_float32_matmul_precision("high")
     device = torch.device(options.device)
     corpus = read_corpus(options.stdlib, options.site_packages or [])
     train_bytes = sum(len(text.encode()) for text in corpus.train)
     skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(corpus.skipped.items())) or "none"
-    say(f"{len(corpus.train)} files, {train_bytes / 1e6:.1f} MB; {len(corpus.held_out)} held out; left out: {skipped}")
+    counts = f"{len(corpus.train)} files, {train_bytes / 1e6:.1f} MB, and {len(corpus.held_out)} held out"
+    say(f"{counts}; left out: {skipped}")
     tokenizer = train_tokenizer(corpus.train, options.vocab_size, options.tokenizer_bytes, options.seed)
     say(f"tokenizer of {tokenizer.get_vocab_size()} entries")
     documents, held_out = encode(tokenizer, corpus.train), encode(tokenizer, corpus.held_out)
     train_tokens, held_out_tokens = sum(map(len, documents)), sum(map(len, held_out))
     say(f"{train_tokens / 1e6:.2f} M training tokens, {train_bytes / train_tokens:.2f} bytes each")
+    documents += documents[: corpus.library_files] * (options.stdlib_repeat - 1)
     model = LlamaForCausalLM(build_config(options)).to(device)  # pyright: ignore[reportArgumentType]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     say(f"model of {parameters:,} parameters on {device}")
@@ -465,17 +480,20 @@ def run(argv: list[str]) -> dict[str, float | int | str]:
     scaled_loss, scaled_accuracy = evaluate(options.output, held_out, device, 8.0)
     say(f"held-out loss {loss:.4f}, accuracy {accuracy:.4f}; linear RoPE x8 untrained {scaled_loss:.4f}")
     facts: dict[str, float | int | str] = {
-        **measured, "parameters": parameters, "seq_len": options.seq_len, "loss": loss, "accuracy": accuracy,
-        "scaled_loss": scaled_loss, "scaled_accuracy": scaled_accuracy, "held_out_files": len(corpus.held_out),
-        "held_out_tokens": held_out_tokens, "held_out_bytes": sum(len(text.encode()) for text in corpus.held_out),
-        "size_mb": (options.output / "model.safetensors").stat().st_size / 1e6, "command": command_line(argv),
-        "seed": options.seed, "commit": git_commit(), "python": platform.python_version(),
+        **measured,
+        **{"loss": loss, "accuracy": accuracy, "scaled_loss": scaled_loss, "scaled_accuracy": scaled_accuracy},
+        **{"train_files": len(corpus.train), "library_files": corpus.library_files, "skipped": skipped},
+        **{"train_bytes": train_bytes, "train_tokens": train_tokens, "stdlib_repeat": options.stdlib_repeat},
+        **{"held_out_files": len(corpus.held_out), "held_out_tokens": held_out_tokens},
+        **{"fraction": HELD_OUT_FRACTION, "vocab_size": tokenizer.get_vocab_size(), "seed": options.seed},
+        **{"parameters": parameters, "seq_len": options.seq_len, "command": command_line(argv)},
+        **{"commit": git_commit(), "python": platform.python_version(), "torch": torch.__version__},
+        "held_out_bytes": sum(len(text.encode()) for text in corpus.held_out),
+        "size_mb": (options.output / "model.safetensors").stat().st_size / 1e6,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "torch": torch.__version__, "transformers": transformers.__version__,
-        "speed": measured["tokens"] / measured["seconds"] / 1e6, "train_files": len(corpus.train),
-        "library_files": corpus.library_files, "train_bytes": train_bytes, "train_tokens": train_tokens,
-        "skipped": skipped, "fraction": HELD_OUT_FRACTION, "vocab_size": tokenizer.get_vocab_size(),
-    }  # fmt: skip
+        "speed": measured["tokens"] / measured["seconds"] / 1e6,
+        "transformers": transformers.__version__,
+    }
     (options.output / "README.md").write_text(CARD.format(**facts), encoding="utf-8")
     say(f"wrote {options.output}")
     return facts

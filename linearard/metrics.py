@@ -1,0 +1,124 @@
+"""What a step costs and where its figures go: metrics.jsonl, TensorBoard, floating-point operations, memory."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Dense bf16 peak of one GPU in TFLOP/s, from the vendors' data sheets; for MFU only.
+PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0, "L40S": 362.0, "B200": 2250.0}
+
+
+class MetricsWriter:
+    """Appends one JSON object a step to metrics.jsonl and the numbers in it to TensorBoard; rank 0 only."""
+
+    def __init__(self, run_dir: Path, first_step: int, tensorboard: bool) -> None:
+        """Steps from `first_step` on, left behind by a run that was killed after its last checkpoint, are dropped."""
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._path = run_dir / "metrics.jsonl"
+        if self._path.exists():
+            kept = [line for line in self._path.read_text().splitlines(keepends=True) if _step_of(line) < first_step]
+            self._path.write_text("".join(kept))
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Writes one step's record; it must have "step"."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in _flat(record):
+                self._board.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):  # the half line of a killed process
+        return float("inf")
+
+
+def _flat(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    found: list[tuple[str, float]] = []
+    for key, value in record.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            found += _flat(value, f"{name}/")
+        elif isinstance(value, int | float) and key != "step":
+            found.append((name, float(value)))
+    return found
+
+
+def step_flops(
+    *,
+    tokens: int,
+    seq_len: int,
+    window: int,
+    matmul_parameters: int,
+    trainable_parameters: int,
+    layers: int,
+    relation_layers: int,
+    heads: dict[str, int],
+    num_attention_heads: int,
+    head_dim: int,
+    teacher: bool,
+) -> float:
+    """Floating-point operations that one step needs, over all ranks; nothing is counted for recomputation.
+
+    Per token, with N parameters in matrix products: teacher 2 N; student forward 2 N, gradient of activations 2 N,
+    gradient of weights 2 N_trainable. Attention of H heads of dimension D over a causal context of n: forward 2 H D n
+    (two half products of n x n), backward twice that; teacher with n = window. A relation of H_r heads: 6 half
+    products over the window, 6 H_r D window per token and layer.
+    """
+    attention = 2.0 * num_attention_heads * head_dim * layers
+    student = (4.0 * matmul_parameters + 2.0 * trainable_parameters) + 3.0 * attention * seq_len
+    reference = 2.0 * matmul_parameters + attention * window if teacher else 0.0
+    relations = 6.0 * head_dim * window * relation_layers * sum(heads.values())
+    return tokens * (student + reference + relations)
+
+
+def peak_tflops(device: torch.device, configured: float | None) -> float | None:
+    """The peak that MFU is measured against, or None where it is not known (no MFU is reported then)."""
+    if configured is not None or device.type != "cuda":
+        return configured
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
+
+
+def memory_gib(device: torch.device) -> dict[str, float]:
+    """This rank's memory in GiB: allocated now and at its peak on a GPU, peak resident size on a CPU."""
+    if device.type == "cuda":
+        return {
+            "allocated_gib": torch.cuda.memory_allocated(device) / 2**30,
+            "peak_allocated_gib": torch.cuda.max_memory_allocated(device) / 2**30,
+        }
+    return {"peak_resident_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+
+
+class StepTimer:
+    """Seconds between calls, with the device's work finished."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        elapsed, self._last = now - self._last, now
+        return elapsed

@@ -1,0 +1,55 @@
+"""Entry point: `deepspeed --num_gpus N --module linearard.train --config FILE [key.subkey=value ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+
+from linearard import config as configuration
+from linearard.errors import UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the training; returns the exit status: 0 for success, 2 for a user's mistake."""
+    parser = argparse.ArgumentParser(prog="linearard.train", description=__doc__)
+    parser.add_argument("--config", required=True, help="YAML file, see launch/*.yaml")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the configuration, start nothing")
+    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # the launcher adds it
+    parser.add_argument("overrides", nargs="*", metavar="key.subkey=value", help="override of a configuration value")
+    options = parser.parse_args(arguments)
+    try:
+        return _run(options)
+    except UserError as error:
+        # Rank 0 speaks first; the launcher ends the others before they repeat it.
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(5)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+def _run(options: argparse.Namespace) -> int:
+    config = configuration.load_config(options.config, options.overrides)
+    from linearard import logs  # imports of torch and transformers take seconds: after the cheap checks
+    from linearard.models.student import load_model_config
+    from linearard.trainer import check_run, run
+
+    logs.configure()
+    native = load_model_config(config.model)
+    check_run(config, native)
+    if options.dry_run:
+        print(configuration.dump(config), end="")
+        return 0
+    from linearard import parallel
+
+    context = parallel.initialize(config.parallel.sequence_parallel_size)
+    try:
+        run(config, native, context)
+    finally:
+        parallel.finalize()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,266 @@
+"""The run: data, engine, resume, the loop, evaluation, checkpoints."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PretrainedConfig
+
+from linearard import checkpoint, config as configuration, evaluation, metrics
+from linearard.capture import AttentionPass
+from linearard.config import Config
+from linearard.data import BatchStream, Corpus, PackedDataset, evaluation_windows, load_tokenizer, prepare, tokenizer_fingerprint
+from linearard.engine import Engine, StepResult
+from linearard.errors import UserError
+from linearard.layout import whole_sequence
+from linearard.logs import get_logger
+from linearard.losses import per_layer_table
+from linearard.parallel import ParallelContext
+
+log = get_logger("trainer")
+
+
+def run(config: Config, native: PretrainedConfig, context: ParallelContext) -> None:
+    """Trains from the start or from the newest checkpoint to train.max_steps.
+
+    Args:
+        config: checked against the model.
+        native: the base's configuration.
+        context: this rank's place.
+
+    Raises:
+        UserError: unusable data, model or checkpoint.
+    """
+    run_dir = Path(config.run_dir)
+    corpus = _prepare(config, context)
+    dataset = PackedDataset(corpus.train, config.data.seq_len, config.data.packing, config.train.seed)
+    stream = BatchStream(
+        dataset,
+        config.train.micro_batch_size,
+        context.data_parallel_rank,
+        context.data_parallel_size,
+        config.train.seed,
+        config.data.shuffle,
+    )
+    log.info(
+        "%d training sequences of %d tokens, %.1f %% padding", len(dataset), config.data.seq_len,
+        100 * dataset.padding_fraction,
+    )
+    base = context.main_first(lambda: _base_identity(config, run_dir))
+    resume_from = checkpoint.newest(run_dir) if config.train.resume else None
+    if resume_from is not None:
+        checkpoint.check_resumable(resume_from, config, context, base)
+    elif context.is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(configuration.dump(config))
+    engine = Engine(config, native, context)
+    log.info("rope: largest relative difference of student and teacher frequencies %.3g", engine.rope.largest_difference())
+    step = 0
+    if resume_from is not None:
+        step, position = checkpoint.load(engine.engine, resume_from, context)
+        stream.load_state_dict(position)
+        log.info("going on from %s", resume_from)
+    _loop(config, native, context, engine, stream, corpus, base, step)
+
+
+def _prepare(config: Config, context: ParallelContext) -> Corpus:
+    tokenizer_path = config.model.tokenizer or config.model.path
+
+    def work() -> Corpus:
+        tokenizer = load_tokenizer(tokenizer_path)
+        progress = context.is_main and config.metrics.progress
+        return prepare(config.data, tokenizer, tokenizer_fingerprint(tokenizer), progress=progress)
+
+    return context.main_first(work)
+
+
+def _base_identity(config: Config, run_dir: Path) -> dict[str, str]:
+    """The base's hash; read once a run and kept in run_dir/base.json."""
+    file = run_dir / "base.json"
+    folder = Path(config.model.path)
+    newest = max((f.stat().st_mtime for f in folder.iterdir()), default=0.0) if folder.is_dir() else 0.0
+    if file.exists() and file.stat().st_mtime > newest:
+        stored = json.loads(file.read_text())
+        if stored["path"] == config.model.path:
+            return stored
+    identity = checkpoint.base_identity(config.model.path)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(identity))
+    return identity
+
+
+def _loop(
+    config: Config,
+    native: PretrainedConfig,
+    context: ParallelContext,
+    engine: Engine,
+    stream: BatchStream,
+    corpus: Corpus,
+    base: dict[str, str],
+    step: int,
+) -> None:
+    train = config.train
+    writer = metrics.MetricsWriter(Path(config.run_dir), step, config.metrics.tensorboard) if context.is_main else None
+    costs = _StepCosts(config, native, engine)
+    bar = tqdm(
+        total=train.max_steps, initial=step, desc="train", unit="step", disable=not (context.is_main and config.metrics.progress)
+    )
+    tokens_seen = step_tokens = 0
+    try:
+        tokens_seen = _tokens_before(Path(config.run_dir), step) if context.is_main else 0
+        timer = metrics.StepTimer(context.device)
+        while step < train.max_steps:
+            batches = [stream.next_batch() for _ in range(train.gradient_accumulation_steps)]
+            result = engine.step(batches, step)
+            step += 1
+            step_tokens = result.tokens
+            tokens_seen += step_tokens
+            if writer is not None:
+                record = costs.record(step, result, tokens_seen, timer.lap(), context)
+                writer.write(record)
+                bar.set_postfix(
+                    loss=f"{result.loss:.4f}", norm=f"{result.grad_norm:.3g}",
+                    tok_s_gpu=f"{record['tokens_per_second_per_gpu']:.0f}",
+                )
+                bar.update()
+            last = step == train.max_steps
+            if last or step % train.save_every == 0:
+                checkpoint.save(engine.engine, config, context, step, stream.state_dict(), base)
+            if config.evaluation.enabled and (
+                last or (config.evaluation.every and step % config.evaluation.every == 0)
+            ):
+                scores = evaluate(config, native, context, engine, corpus)
+                if writer is not None:
+                    writer.write({"step": step, "evaluation": scores})
+                    log.info("step %d: %s", step, json.dumps(scores))
+            if last or step % train.save_every == 0 or config.evaluation.every:
+                timer.lap()
+    finally:
+        bar.close()
+        if writer is not None:
+            writer.close()
+
+
+def _tokens_before(run_dir: Path, step: int) -> int:
+    """Tokens seen in the steps before, from metrics.jsonl."""
+    file = run_dir / "metrics.jsonl"
+    if not step or not file.exists():
+        return 0
+    seen = [json.loads(line).get("tokens_seen", 0) for line in file.read_text().splitlines()]
+    return max(seen, default=0)
+
+
+class _StepCosts:
+    """Turns a step's result and its seconds into a record of metrics.jsonl."""
+
+    def __init__(self, config: Config, native: PretrainedConfig, engine: Engine) -> None:
+        self._config, self._layers = config, engine.relation_loss.layers
+        self._peak = metrics.peak_tflops(engine.context.device, config.metrics.peak_tflops)
+        parameters: list[Any] = list(engine.module.named_parameters())
+        matmul = [p for name, p in parameters if "norm" not in name and "embed" not in name]
+        size = {id(p): int(getattr(p, "ds_numel", p.numel())) for _, p in parameters}
+        if getattr(native, "tie_word_embeddings", False):
+            matmul += [p for name, p in parameters if "embed_tokens" in name]
+        heads = {
+            name: native.num_attention_heads if "q" in name else native.num_key_value_heads for name in engine.weights
+        }
+        self._flops_of_token = metrics.step_flops(
+            tokens=1,
+            seq_len=config.data.seq_len,
+            window=engine.window,
+            matmul_parameters=sum(size[id(p)] for p in matmul),
+            trainable_parameters=sum(size[id(p)] for _, p in parameters if p.requires_grad),
+            layers=native.num_hidden_layers,
+            relation_layers=len(self._layers),
+            heads=heads,
+            num_attention_heads=native.num_attention_heads,
+            head_dim=getattr(native, "head_dim", None) or native.hidden_size // native.num_attention_heads,
+            teacher=bool(engine.weights or config.objective.logits_kl),
+        )
+
+    def record(
+        self, step: int, result: StepResult, tokens_seen: int, seconds: float, context: ParallelContext
+    ) -> dict[str, Any]:
+        rate = result.tokens / seconds / context.world_size
+        fields = {key: value for key, value in asdict(result).items() if key not in ("relation_loss_per_layer", "tokens")}
+        record: dict[str, Any] = {"step": step, **fields}
+        record["lr"] = record.pop("learning_rate")
+        record |= {"tokens_seen": tokens_seen, "seconds": seconds, "tokens_per_second_per_gpu": rate}
+        if self._peak is not None:
+            record["mfu"] = rate * self._flops_of_token / (self._peak * 1e12)
+        record["memory"] = metrics.memory_gib(context.device)
+        every = self._config.metrics.per_layer_every
+        if every and step % every == 0:
+            record["relation_loss_per_layer"] = per_layer_table(self._layers, result.relation_loss_per_layer)
+        return {key: value for key, value in record.items() if value is not None}
+
+
+def evaluate(
+    config: Config, native: PretrainedConfig, context: ParallelContext, engine: Engine, corpus: Corpus
+) -> dict[str, Any]:
+    """Scores the student on held-out windows of each length; windows are spread over ranks, each whole on one rank.
+
+    Returns:
+        {"1x": {"loss", "perplexity", "accuracy", "tokens", "loss_by_length"}, ...}; nats.
+    """
+    module, scores = engine.module, {}
+    was_training = module.training
+    module.eval()
+
+    def forward(input_ids: torch.Tensor) -> torch.Tensor:
+        ids, position_ids, segments = whole_sequence(input_ids, context.device)
+        output = module(
+            input_ids=ids, position_ids=position_ids, use_cache=False, attention_pass=AttentionPass(segments)
+        )
+        return output.logits
+
+    try:
+        for multiple in config.evaluation.multiples:
+            length = native.max_position_embeddings * multiple
+            windows = evaluation_windows(
+                corpus.held_out, length, config.evaluation.max_windows, allow_short=multiple == 1
+            )
+            if not windows:
+                log.warning("evaluation at %d tokens: no held-out document is that long; skipped", length)
+                continue
+            share = windows[context.rank :: context.world_size]
+            rounds = -(-len(windows) // context.world_size)
+            sums = evaluation.score(forward, share, length)
+            for _ in range(rounds - len(share)):  # ZeRO-3 gathers weights on all ranks together
+                with torch.no_grad():
+                    forward(torch.zeros(1, length, dtype=torch.int64))
+            table = torch.stack([sums.loss, sums.correct, sums.count]).to(context.device)
+            sums = evaluation.PositionSums(*context.all_reduce(table).cpu())
+            scores[f"{multiple}x"] = {
+                "loss": sums.mean_loss,
+                "perplexity": float(torch.tensor(sums.mean_loss).exp()),
+                "accuracy": sums.accuracy,
+                "tokens": int(sums.count.sum()),
+                "loss_by_length": sums.by_multiple(native.max_position_embeddings),
+            }
+    finally:
+        module.train(was_training)
+    return scores
+
+
+def check_run(config: Config, native: PretrainedConfig) -> None:
+    """Every check that needs neither weights nor a device.
+
+    Raises:
+        UserError: names the field, its value and the remedy.
+    """
+    from linearard.ds_config import complete
+    from linearard.models.rope import scaled_config
+    from linearard.models.student import shape_of
+
+    configuration.check_against_model(config, shape_of(native))
+    complete(config)
+    scaled_config(native, config.model.rope_parameters, config.model.existing_rope)
+    for i, source in enumerate(config.data.sources):
+        if source.path is not None and not any(c in source.path for c in "*?[") and not Path(source.path).exists():
+            raise UserError(f"data.sources.{i}.path: {source.path}: no such file or folder")
