@@ -65,11 +65,6 @@ class Corpus:
     library_files: int = 0
 
 
-def is_held_out_file(relative: str) -> bool:
-    """Whether the library file of this path (to the tree) is held out, under either identity a source may give it."""
-    return any(is_held_out(identity, HELD_OUT_FRACTION) for identity in (relative, f"path:{relative}"))
-
-
 def useful_lines(text: str) -> set[str]:
     """Lines long enough to tell one file from another."""
     return {line for line in map(str.strip, text.splitlines()) if len(line) >= 12}
@@ -141,7 +136,7 @@ def read_corpus(stdlib: Path, packages: list[Path]) -> Corpus:
             text = read_text(path, corpus.skipped)
             if text is not None:
                 name = identity.as_posix()
-                (held_out if is_held_out_file(name) else library)[name] = text
+                (held_out if is_held_out(name, HELD_OUT_FRACTION) else library)[name] = text
     if not held_out or not library:
         counts = f"{len(library)} training and {len(held_out)} held-out files"
         raise UserError(f"--stdlib {stdlib}: {counts}; needs some of both")
@@ -346,7 +341,6 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
         bos_token=BOS,
         eos_token=EOS,
         pad_token=PAD,
-        model_max_length=model.config.max_position_embeddings,
         clean_up_tokenization_spaces=False,
     ).save_pretrained(folder)
 
@@ -380,7 +374,7 @@ The Python standard library and the packages installed on the training machine, 
   stream, every other file once), {train_bytes:,} bytes, {train_tokens:,} tokens, each file counted once
 - Files left out: {skipped}
 - Held out: {held_out_files} standard-library files ({held_out_bytes:,} bytes), chosen by their path
-  (`linearard.data.is_held_out`, fraction {fraction}, of the bare path and of `path:` before it); copies of them, exact or near, are not trained on
+  (`linearard.data.is_held_out`, fraction {fraction}); copies of them, exact or near, are not trained on
 - Tokenizer: byte-level BPE, {vocab_size:,} entries, learnt from the training text; digits one by one
 """
 

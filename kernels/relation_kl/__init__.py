@@ -1,8 +1,8 @@
 """Row-wise KL divergence between the relations of a student and of a teacher, in memory linear in length.
 
-Two public functions, `relation_kl` (self-relations: Q.Q, K.K, V.V) and `attention_kl` (the attention distribution,
-with grouped-query mapping); for each, a `..._value_and_grad` form for callers that know the upstream gradient
-beforehand. `relation_kl.reference` is the dense version that everything is tested against.
+Two public functions, `relation_kl` (self-relations: Q.Q, K.K, V.V) and `attention_kl` (the attention
+distribution, with grouped-query mapping); for each, a `..._value_and_grad` form for callers that know the
+upstream gradient beforehand. `relation_kl.reference` is the dense version that everything is tested against.
 """
 
 from . import reference

@@ -32,23 +32,25 @@ def relation_kl(
         S_ij = softmax_scale * x_i . x_j,  j <= i, same segment;   P_i = softmax_j(S_ij)
         KL_i = sum_j Pt_ij * (log Pt_ij - log Ps_ij)
 
-    Memory beyond inputs and outputs is O(B*H*T). Equal student and teacher give exactly 0, and a gradient of exactly 0.
+    Memory beyond inputs and outputs is O(B*H*T). Equal student and teacher give exactly 0, and a gradient of
+    exactly 0.
 
     Args:
-        student: [B, H, T, D], float32, bfloat16 or float16 (float64 too on the torch backend); D a multiple of 8 up to
-            256. Any strides. The result is differentiable with respect to it, once.
+        student: [B, H, T, D], float32, bfloat16 or float16 (float64 too on the torch backend); D a multiple
+            of 8 up to 256. Any strides. The result is differentiable with respect to it, once.
         teacher: as student, same dtype; a constant, whether or not it requires a gradient.
         softmax_scale: factor of the logits; D**-0.5 by default.
-        segment_ids: integer [B, T]: a row sees the keys with its own id, at or before it. Rows with a negative id are
-            padding: they give 0, get a gradient of 0 and take no part, whatever values they hold. None = one segment.
-            Segments may be scattered, but only tiles beyond a segment's first and last token are skipped.
+        segment_ids: integer [B, T]: a row sees the keys with its own id, at or before it. Rows with a
+            negative id are padding: they give 0, get a gradient of 0 and take no part, whatever they hold.
+            None = one segment. The tokens of a segment need not be neighbours, but then the Triton backend
+            still visits the tiles between its first and its last.
         group: reserved for a process group over which the sequence is sharded; must be None.
-        backend: "triton" (CUDA, or CPU under TRITON_INTERPRET=1), "torch" (any device; reads segment_ids on the host)
-            or "auto": triton on CUDA where it can be imported, else torch.
+        backend: "triton" (CUDA, or CPU under TRITON_INTERPRET=1), "torch" (any device; reads segment_ids on
+            the host) or "auto": triton on CUDA where it can be imported, else torch.
 
     Returns:
-        [B, H, T], float32 (float64 for float64 inputs), nats, >= 0 up to rounding. It takes any upstream gradient,
-        strided and expanded ones included.
+        [B, H, T], float32 (float64 for float64 inputs), nats, >= 0 up to rounding. It takes any upstream
+        gradient, strided and expanded ones included.
 
     Raises:
         ValueError: an argument does not fit; the message names it.
@@ -110,8 +112,8 @@ def relation_kl_value_and_grad(
 ) -> tuple[Tensor, Tensor]:
     """`relation_kl` and its gradient at once, for an upstream gradient that is known beforehand.
 
-    The same as a forward followed by a backward, outside autograd. The torch backend computes the logits and the
-    exponentials once instead of twice.
+    The same as a forward followed by a backward, outside autograd. The torch backend computes the logits and
+    the exponentials once instead of twice.
 
     Args:
         student: as in `relation_kl`.
@@ -123,7 +125,8 @@ def relation_kl_value_and_grad(
         backend: as in `relation_kl`.
 
     Returns:
-        (rows [B, H, T] as `relation_kl`, gradient of student [B, H, T, D] in its dtype), without autograd history.
+        (rows [B, H, T] as `relation_kl`, gradient of student [B, H, T, D] in its dtype), without autograd
+        history.
 
     Raises:
         ValueError: an argument does not fit; the message names it.
@@ -248,8 +251,8 @@ def _choose_backend(backend: str, student: Tensor) -> ModuleType:
 
     if not student.is_cuda and not triton_backend.INTERPRETING:
         raise ValueError(
-            f"backend is 'triton', but the tensors are on {student.device}; it needs CUDA, or TRITON_INTERPRET=1 "
-            "set before triton is imported"
+            f"backend is 'triton', but the tensors are on {student.device}; it needs CUDA, or "
+            "TRITON_INTERPRET=1 set before triton is imported"
         )
     if student.dtype not in _DTYPES:
         raise ValueError(
@@ -280,8 +283,8 @@ def _check_attention(
     q, k = student_q.shape, student_k.shape
     if (q[0], q[2], q[3]) != (k[0], k[2], k[3]) or q[1] % k[1] != 0:
         raise ValueError(
-            f"student_k has shape {tuple(k)}, student_q {tuple(q)}; they may differ in the heads only, and the heads "
-            "of student_q must be a multiple of those of student_k"
+            f"student_k has shape {tuple(k)}, student_q {tuple(q)}; they may differ in the heads only, and "
+            "the heads of student_q must be a multiple of those of student_k"
         )
     _check_type("student_k", student_k, "student_q", student_q)
     _check_like("teacher_q", teacher_q, "student_q", student_q)
@@ -319,8 +322,8 @@ def _check_common(
     """Returns the softmax scale."""
     if group is not None:
         raise NotImplementedError(
-            f"group is {group!r}: a sequence sharded over a process group is not supported yet; pass group=None with "
-            "the whole sequence"
+            f"group is {group!r}: a sequence sharded over a process group is not supported yet; pass "
+            "group=None with the whole sequence"
         )
     if segment_ids is not None:
         expected = (student.shape[0], student.shape[2])
@@ -346,7 +349,8 @@ def _check_row_grad(row_grad: Tensor, student: Tensor) -> None:
         )
     if not row_grad.is_floating_point() or row_grad.device != student.device:
         raise ValueError(
-            f"row_grad is {row_grad.dtype} on {row_grad.device}; it must be floating point on {student.device}"
+            f"row_grad is {row_grad.dtype} on {row_grad.device}; it must be floating point on "
+            f"{student.device}"
         )
 
 

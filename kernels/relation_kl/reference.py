@@ -1,8 +1,8 @@
 """The dense O(T^2) version, written from the definition and differentiated by autograd.
 
-It shares no code with the fast backends on purpose: tests and benchmarks compare them with this. Everything is computed
-in the inputs' own dtype, so pass float64 for a truth to compare with, and bfloat16 or float16 to see what a plain
-low-precision implementation loses.
+It shares no code with the fast backends on purpose: tests and benchmarks compare them with this. Everything
+is computed in the inputs' own dtype, so pass float64 for a truth to compare with, and bfloat16 or float16 to
+see what a plain low-precision implementation loses.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def relation_kl(
     softmax_scale: float | None = None,
     segment_ids: Tensor | None = None,
 ) -> Tensor:
-    """KL divergence of each row of the causal self-relation: `attention_kl` with the keys equal to the queries.
+    """KL divergence of each row of the causal self-relation: `attention_kl` with its keys as queries.
 
     Args:
         student: [B, H, T, D], any float dtype.
@@ -60,8 +60,7 @@ def attention_kl(
         [B, H, T] in the inputs' dtype, nats; 0 for padding rows.
     """
     batch, heads, seq_len, head_dim = student_q.shape
-    if softmax_scale is None:
-        softmax_scale = head_dim**-0.5
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     device = student_q.device
     if segment_ids is None:
         segment_ids = torch.zeros(batch, seq_len, dtype=torch.long, device=device)
@@ -78,7 +77,7 @@ def attention_kl(
         # Padding may hold anything, NaN included: it is replaced before any product.
         q = torch.where(keep, q, 0.0)
         k = torch.where(keep, k, 0.0).repeat_interleave(heads // k.shape[1], dim=1)
-        logits = (q @ k.transpose(-1, -2)) * softmax_scale
+        logits = (q @ k.transpose(-1, -2)) * scale
         return torch.log_softmax(logits.masked_fill(~visible, float("-inf")), dim=-1)
 
     log_student = log_probabilities(student_q, student_k)

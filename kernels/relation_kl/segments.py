@@ -1,8 +1,8 @@
 """Segments: which keys a row may see, and which key tiles a row tile must therefore visit.
 
-One mechanism serves padding, packed documents and native-length windows: an integer `segment_ids` [B, T]. A row sees
-the keys with its own id at or before it; a negative id marks padding. Rows are matched by id, so the tokens of a
-segment need not be neighbours: a kernel then visits the tiles between them too, and masks them.
+One mechanism serves padding, packed documents and native-length windows: an integer `segment_ids` [B, T]. A
+row sees the keys with its own id at or before it; a negative id marks padding. Rows are matched by id, so the
+tokens of a segment need not be neighbours: a kernel then visits the tiles between them too, and masks them.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def segments_from_position_ids(position_ids: Tensor, attention_mask: Tensor | No
         return segment_ids
     if attention_mask.shape != position_ids.shape:
         raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, position_ids {tuple(position_ids.shape)}; "
-            "they must be equal"
+            f"attention_mask has shape {tuple(attention_mask.shape)}, position_ids "
+            f"{tuple(position_ids.shape)}; they must be equal"
         )
     return torch.where(attention_mask != 0, segment_ids, -1)
 
@@ -61,13 +61,15 @@ def segments_from_cu_seqlens(cu_seqlens: Tensor, seq_len: int | None = None) -> 
 
     Args:
         cu_seqlens: integer [n + 1], ascending from 0.
-        seq_len: tokens in the row; the last of cu_seqlens by default. Tokens beyond the last document are padding.
+        seq_len: tokens in the row; the last of cu_seqlens by default. Tokens beyond the last document are
+            padding.
 
     Returns:
         segment_ids, int32 [1, seq_len].
 
     Raises:
-        ValueError: cu_seqlens is not one-dimensional or has no entry, or seq_len is shorter than the documents.
+        ValueError: cu_seqlens is not one-dimensional or has no entry, or seq_len is shorter than the
+            documents.
     """
     _require_rank("cu_seqlens", cu_seqlens, 1)
     if cu_seqlens.numel() == 0:
@@ -91,7 +93,8 @@ def cut_into_windows(segment_ids: Tensor, window: int, *, offset: int = 0) -> Te
         offset: position in the whole sequence of this tensor's first token, where it is a shard.
 
     Returns:
-        segment_ids, int64 [B, T]: equal only where both the segment and the window are; padding stays negative.
+        segment_ids, int64 [B, T]: equal only where both the segment and the window are; padding stays
+        negative.
 
     Raises:
         ValueError: window < 1 or offset < 0.
@@ -135,7 +138,8 @@ def locate_segments(segment_ids: Tensor) -> Segments:
     index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     run_start, run_end = _runs(ids, index)
 
-    # A stable sort puts the tokens of a segment side by side, in order: its ends there are its first and last token.
+    # A stable sort puts the tokens of a segment side by side, in order: its ends there are its first and last
+    # token.
     ordered, order = ids.sort(dim=-1, stable=True)
     begin, end = _runs(ordered, index)
     first = torch.empty_like(ids).scatter_(1, order, order.gather(1, begin))
@@ -162,7 +166,7 @@ def _runs(ids: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def tile_bounds(segments: Segments, block_m: int, block_n: int) -> Tensor:
-    """Which tiles of block_n tokens a tile of block_m rows must visit, below it (keys) and above it (as a key).
+    """Which tiles a tile of rows must visit: its keys before it, and the rows after it whose key it is.
 
     Args:
         segments: of the sequence, tensors [B, T].
@@ -171,10 +175,10 @@ def tile_bounds(segments: Segments, block_m: int, block_n: int) -> Tensor:
 
     Returns:
         int32 [B, ceil(T / block_m), 4], token indices: with s the first row and e the end of the row tile,
-        visit [lo, s) and, for the transposed side, [e, hi); within [lo_full, s) and [e, hi_full) every pair of tokens
-        shares a segment and needs no mask. lo and lo_full are multiples of block_n; hi_full ends on one counted from
-        e, and hi on T at most. A tile of padding only has lo = lo_full = hi_full = hi = s: not even its own
-        diagonal is to be visited.
+        visit [lo, s) and, for the transposed side, [e, hi); within [lo_full, s) and [e, hi_full) every pair
+        of tokens shares a segment and needs no mask. lo and lo_full are multiples of block_n; hi_full ends on
+        one counted from e, and hi on T at most. A tile of padding only has lo = lo_full = hi_full = hi = s:
+        not even its own diagonal is to be visited.
     """
     assert block_m % block_n == 0, (block_m, block_n)
     batch, seq_len = segments.first.shape

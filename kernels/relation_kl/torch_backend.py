@@ -1,9 +1,10 @@
 """The chunked torch backend: any device, memory linear in the sequence, no n x n tensor kept for backward.
 
-Each segment is treated as a sequence of its own: its tokens are gathered side by side, so what remains is a dense
-causal problem. Segments of like length are stacked, with the padding behind the last token, where causality already
-keeps it from every real row. Rows are taken in chunks; a chunk sees all its keys at once, so its softmax needs no
-statistics from another pass, and forward and gradient of a chunk can come from the same visit.
+Each segment is treated as a sequence of its own: its tokens are gathered side by side, so what remains is a
+dense causal problem. Segments of like length are stacked, with the padding behind the last token, where
+causality already keeps it from every real row. Rows are taken in chunks; a chunk sees all its keys at once,
+so its softmax needs no statistics from another pass, and forward and gradient of a chunk can come from the
+same visit.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Logits held at once (per buffer, of four). Small enough on CPU to stay in the cache, large enough on a GPU to fill it.
-_CPU_LOGITS = 2**18
+# Logits a buffer, of four: few enough on CPU to stay near the cache, enough on a GPU to fill it.
+_CPU_LOGITS = 2**20
 _GPU_LOGITS = 2**25
-_ROWS = 128
+_ROWS = 64
 
 
 class Operands(NamedTuple):
-    """What both public functions come down to: q [B, H, T, D], k [B, Hkv, T, D], teacher without autograd history."""
+    """What both public functions come down to: q [B, H, T, D], k [B, Hkv, T, D]; no autograd history."""
 
     student_q: Tensor
     student_k: Tensor
@@ -88,8 +89,8 @@ def _visit(
         want_value: whether the rows are wanted.
 
     Returns:
-        (rows [B, H, T] float32, float64 for float64 inputs; gradient of student_q; gradient of student_k), each None
-        where not wanted.
+        (rows [B, H, T] float32, float64 for float64 inputs; gradient of student_q; gradient of student_k),
+        each None where not wanted.
     """
     q, k = operands.student_q, operands.student_k
     (batch, heads, seq_len, _), key_heads = q.shape, k.shape[1]
@@ -98,10 +99,10 @@ def _visit(
     dtype = torch.promote_types(q.dtype, torch.float32)
 
     rows = torch.zeros(batch, heads, seq_len, dtype=dtype, device=q.device) if want_value else None
-    grad_q = torch.zeros_like(q, memory_format=torch.contiguous_format) if row_grad is not None else None
+    grad_q = torch.zeros_like(q) if row_grad is not None else None
     grad_k = None
     if row_grad is not None and not own:
-        grad_k = torch.zeros_like(k, memory_format=torch.contiguous_format)
+        grad_k = torch.zeros_like(k)
 
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         workspace: Tensor | None = None
@@ -155,8 +156,8 @@ def _dense(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Causal sequences without segments: q [N, G, L, D], k [N, L, D], row_grad [N, G, L].
 
-    Student and teacher go through the same operations on buffers of the same shape, so that equal inputs give equal
-    logits bit for bit, hence a divergence and a gradient of exactly 0.
+    Student and teacher go through the same operations on buffers of the same shape, so that equal inputs give
+    equal logits bit for bit, hence a divergence and a gradient of exactly 0.
     """
     n, group, length, dim = q_s.shape
     kl = q_s.new_empty(n, group, length) if want_value else None
@@ -186,11 +187,12 @@ def _dense(
         torch.softmax(t, -1, out=p_t)
 
         if kl is not None:
-            # The largest probability is 1 / sum e^(S - max), hence lse = max S - log max P.
-            lse_difference = t.amax(-1) - s.amax(-1) - (p_t.amax(-1).log() - p_s.amax(-1).log())
-            t.sub_(s)
+            # With Z = S - max S, KL = sum Pt (Zt - Zs) + log max Pt - log max Ps, for 1 / sum e^Z is max P.
+            # The maxima, which may be large where the divergence is tiny, never enter a sum.
+            s.sub_(s.amax(-1, keepdim=True))
+            t.sub_(t.amax(-1, keepdim=True)).sub_(s)
             diagonal(t).masked_fill_(future, 0.0)
-            divergence = t.mul_(p_t).sum(-1) - lse_difference
+            divergence = t.mul_(p_t).sum(-1) + (p_t.amax(-1).log() - p_s.amax(-1).log())
             kl[:, :, start:end] = divergence.view(n, group, rows)
 
         if row_grad is not None and dq is not None and dk is not None:

@@ -257,9 +257,9 @@ def _held_out(identities: np.ndarray, role: np.ndarray, fraction: float) -> np.n
     return chosen
 
 
-def is_held_out(identity: str, fraction: float) -> bool:
-    """Whether a document is held out by its identity: the path relative to its tree, with forward slashes."""
-    return _hash(identity) < int(fraction * 2**64)
+def is_held_out(relative: str, fraction: float) -> bool:
+    """Whether a text file is held out: `relative` is its path in its tree, with forward slashes."""
+    return _hash("path:" + relative) < int(fraction * 2**64)  # the identity that `sources.iter_documents` gives it
 
 
 def _hash(identity: str) -> int:

@@ -130,6 +130,7 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 def _load_dataset(config: SourceConfig, field_name: str, num_proc: int) -> Any:
     import datasets
+    from datasets.exceptions import DatasetsError
 
     try:
         dataset: Any = datasets.load_dataset(
@@ -140,7 +141,7 @@ def _load_dataset(config: SourceConfig, field_name: str, num_proc: int) -> Any:
             f"{field_name}.name: the Hugging Face hub cannot be reached and {config.name} is not in the local cache "
             f"({_first_line(error)}); connect, fill the cache beforehand, or use path"
         ) from None
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, KeyError, DatasetsError) as error:
         raise UserError(
             f"{field_name}.name: the data set {config.name} (subset {config.subset}, split {config.split}) "
             f"cannot be loaded: {_first_line(error)}"

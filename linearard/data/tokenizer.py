@@ -66,7 +66,7 @@ def _from_sentencepiece(model: Path) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     remedy = "give a folder with tokenizer.json or with a sentencepiece tokenizer.model"
-    spec = sentencepiece_model_pb2.ModelProto()
+    spec: Any = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
     try:
         spec.ParseFromString(model.read_bytes())
         processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
@@ -111,11 +111,12 @@ def _from_sentencepiece(model: Path) -> Any:
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """A hash of what the tokenizer does to text: its serialised pipeline and its special tokens."""
     digest = hashlib.sha256(json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str).encode())
-    if tokenizer.is_fast:
+    if _is_fast(tokenizer):
         # Truncation and padding are left behind by earlier calls; they say nothing about the tokenizer.
         pipeline = json.loads(tokenizer.backend_tokenizer.to_str())
         pipeline.pop("truncation", None)
         pipeline.pop("padding", None)
+        pipeline["split_special_tokens"] = tokenizer.split_special_tokens
     else:
         pipeline = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
     digest.update(json.dumps(pipeline, sort_keys=True).encode())
@@ -128,9 +129,15 @@ def encode_documents(tokenizer: Any, texts: list[str], *, add_bos: bool, add_eos
     The tokenizer's own special tokens are switched off and put here instead: whether a tokenizer adds BOS by itself
     depends on its class and its files. A tokenizer without a BOS or EOS token adds none.
     """
-    encoded = tokenizer(
-        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-    )["input_ids"]
+    if _is_fast(tokenizer):
+        # The same pipeline as calling the tokenizer, without the offsets that make the call 2 to 4 times slower.
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = tokenizer.split_special_tokens
+        encoded = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    else:
+        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     for ids in encoded:
         if add_eos and eos is not None and ids[-1:] != [eos]:
@@ -143,6 +150,12 @@ def encode_documents(tokenizer: Any, texts: list[str], *, add_bos: bool, add_eos
 def largest_token_id(tokenizer: Any) -> int:
     """The largest id that encoding can give."""
     return max(tokenizer.get_vocab().values())
+
+
+def _is_fast(tokenizer: Any) -> bool:
+    from transformers import PreTrainedTokenizerFast
+
+    return isinstance(tokenizer, PreTrainedTokenizerFast)
 
 
 def _first_line(error: BaseException) -> str:

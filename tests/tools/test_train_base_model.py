@@ -11,12 +11,10 @@ from types import ModuleType
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from linearard.config import SourceConfig
-from linearard.data import is_held_out
-from linearard.data.readers import BadRecords
-from linearard.data.sources import iter_documents, open_source
+from linearard.config import DataConfig, SourceConfig
+from linearard.data import is_held_out, prepare, tokenizer_fingerprint
 
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,8 +42,8 @@ def trees(tool: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     """A small standard library, a package tree with copies of its held-out file, and that file's name."""
     library, packages = tmp_path_factory.mktemp("lib"), tmp_path_factory.mktemp("site-packages")
     names = sorted(path.name for path in LIBRARY.glob("*.py") if 4000 < path.stat().st_size < 40_000)
-    held_out = next(name for name in names if tool.is_held_out_file(name))
-    kept = [name for name in names if not tool.is_held_out_file(name)][:8]
+    held_out = next(name for name in names if is_held_out(name, tool.HELD_OUT_FRACTION))
+    kept = [name for name in names if not is_held_out(name, tool.HELD_OUT_FRACTION)][:8]
     for name in [held_out, *kept]:
         shutil.copy(LIBRARY / name, library / name)
     (library / "test").mkdir()
@@ -111,9 +109,13 @@ def test_what_the_product_holds_out_the_base_has_not_seen(tool: ModuleType, tmp_
     (tmp_path / "package").mkdir()
     for number in range(300):
         (tmp_path / "package" / f"m{number}.py").write_text(f"package/m{number}.py")
-    documents = iter_documents(open_source(SourceConfig(path=str(tmp_path))), BadRecords())
-    held_out = [text for identity, text in documents if is_held_out(identity, tool.HELD_OUT_FRACTION)]
-    assert held_out and all(map(tool.is_held_out_file, held_out))
+    names = [f"package/m{number}.py" for number in range(300)]
+    data = DataConfig((SourceConfig(path=str(tmp_path)),), seq_len=8, cache_dir=str(tmp_path / "cache"),
+                      held_out_fraction=tool.HELD_OUT_FRACTION)  # fmt: skip
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tool.train_tokenizer(names, 300, 10_000, 0), bos_token="<s>")
+    corpus = prepare(data, tokenizer, tokenizer_fingerprint(tokenizer), progress=False)
+    texts = {tokenizer.decode(corpus.held_out.tokens(i), skip_special_tokens=True) for i in range(len(corpus.held_out))}
+    assert texts == {name for name in names if is_held_out(name, tool.HELD_OUT_FRACTION)} != set()
 
 
 def test_time_budget_completes_the_schedule(tool: ModuleType, trees: tuple[Path, Path, str], tmp_path: Path) -> None:

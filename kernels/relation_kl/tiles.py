@@ -1,0 +1,69 @@
+"""Tile sizes of the Triton kernels: frozen data, picked by a pure function."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A kernel's launch shape: block_m rows against block_n keys at a time, which divides block_m."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The launch shapes of the forward and of the backward kernel."""
+
+    forward: Tile
+    backward: Tile
+
+
+# (architecture as CUDA spells it, bytes of a token's padded vector) -> tiles
+_TILES = {
+    # 8 to 64 channels in 16 bit
+    ("sm_90", 128): Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3)),
+    # 128 channels in 16 bit
+    ("sm_90", 256): Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
+    # 256 channels in 16 bit
+    ("sm_90", 512): Tiles(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
+}
+
+# For a GPU without an entry: fits 64 KiB of shared memory, which every supported GPU has.
+_SAFE = {
+    256: Tiles(Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
+    512: Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    1024: Tiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+}
+
+# The interpreter's time goes by the operation, not by the element: large tiles are faster there.
+_INTERPRETER = Tiles(Tile(128, 64, 4, 1), Tile(128, 64, 4, 1))
+
+
+def pad_head_dim(head_dim: int) -> int:
+    """The power of two to which the kernels pad the channels; 16 is the least a matrix product takes."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def pick_tiles(architecture: str, head_dim: int, element_size: int) -> Tiles:
+    """Tile sizes for a GPU and a kind of input.
+
+    Args:
+        architecture: "sm_90" and the like; "interpreter" under TRITON_INTERPRET=1. Unknown ones get a safe
+            default.
+        head_dim: D, before padding.
+        element_size: bytes of one element, 2 or 4.
+    """
+    if architecture == "interpreter":
+        return _INTERPRETER
+    token_bytes = pad_head_dim(head_dim) * element_size
+    # fp32 products run without tensor cores and keep more in registers: they take the safe tiles.
+    if element_size == 2:
+        known = _TILES.get((architecture, max(token_bytes, 128)))
+        if known is not None:
+            return known
+    return _SAFE[max(token_bytes, 256)]

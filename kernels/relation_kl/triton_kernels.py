@@ -1,0 +1,258 @@
+"""The Triton kernels. Logits are kept in units of log 2, so that exponentials are exp2.
+
+A row tile visits the key tiles that `segments.tile_bounds` lists for it, those where some pair of tokens must
+be masked apart from those where none must: hence the three parts of each loop. Statistics are float32
+whatever the inputs are; products are taken in the type DOT, the inputs' own on a GPU.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Stands for -inf, but its differences are no NaN. What masked keys add to a row before its first visible one
+# is lost in the product with exp2(_MASKED - m) = 0; every row but those of padding has a visible key.
+_MASKED = tl.constexpr(-1e30)
+_LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _load_tokens(
+    base, tokens, live, strides, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr
+):
+    """[tokens, BLOCK_D]; 0 where not live, so that padding may hold anything, and beyond HEAD_DIM."""
+    channels = tl.arange(0, BLOCK_D)
+    pointers = base + tokens.to(tl.int64)[:, None] * strides[2] + channels[None, :] * strides[3]
+    mask = live[:, None] & (channels < HEAD_DIM)[None, :]
+    return tl.load(pointers, mask=mask, other=0.0).to(DOT)
+
+
+@triton.jit
+def _names(segments, tokens, seq_len, SEGMENTS: tl.constexpr):
+    """What segment each token is in: -1 for padding and beyond the sequence."""
+    if SEGMENTS:
+        return tl.load(segments + tokens, mask=tokens < seq_len, other=-1)
+    else:
+        return tl.where(tokens < seq_len, 0, -1)
+
+
+@triton.jit
+def _bounds(
+    bounds, index, start, seq_len, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SEGMENTS: tl.constexpr
+):
+    """(lo, lo_full, end, hi_full, hi) of `segments.tile_bounds`; end = start for a tile of padding."""
+    end = tl.minimum(start + BLOCK_M, seq_len)
+    if SEGMENTS:
+        lo = tl.load(bounds + index * 4)
+        lo_full = tl.load(bounds + index * 4 + 1)
+        hi_full = tl.load(bounds + index * 4 + 2)
+        hi = tl.load(bounds + index * 4 + 3)
+        end = tl.minimum(end, hi)
+        return lo, lo_full, end, hi_full, hi
+    else:
+        return 0, 0, end, end + (seq_len - end) // BLOCK_N * BLOCK_N, seq_len
+
+
+@triton.jit
+def forward_kernel(
+    q_s, k_s, q_t, k_t, q_s_strides, k_s_strides, q_t_strides, k_t_strides, segments, bounds, kl,
+    max_s, max_t, inverse_s, inverse_t, heads, group, seq_len, log2_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SEGMENTS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One row tile of one head, in one pass over its keys.
+
+    Running sums, with Z = S - m and m the running maximum: l = sum e^Z of student and of teacher, and
+    a = sum e^Z_t (Z_t - Z_s);  KL = a / l_t - log l_t + log l_s. The maxima themselves, which may be large
+    where the divergence is tiny, never enter a sum.
+    """
+    tiles = tl.cdiv(seq_len, BLOCK_M)
+    # The last row tiles have the most keys: they go first, so that none is left running alone at the end.
+    tile = tiles - 1 - tl.program_id(0) % tiles
+    sequence = (tl.program_id(0) // tiles).to(tl.int64)
+    batch, head = sequence // heads, sequence % heads
+    start = tile * BLOCK_M
+    rows = start + tl.arange(0, BLOCK_M)
+    segments += batch * seq_len
+    row_names = _names(segments, rows, seq_len, SEGMENTS)
+    live = row_names >= 0
+    lo, lo_full, end, _, _ = _bounds(bounds, batch * tiles + tile, start, seq_len, BLOCK_M, BLOCK_N, SEGMENTS)
+
+    q_s += batch * q_s_strides[0] + head * q_s_strides[1]
+    q_t += batch * q_t_strides[0] + head * q_t_strides[1]
+    k_s += batch * k_s_strides[0] + head // group * k_s_strides[1]
+    k_t += batch * k_t_strides[0] + head // group * k_t_strides[1]
+    x_s = _load_tokens(q_s, rows, live, q_s_strides, HEAD_DIM, BLOCK_D, DOT)
+    x_t = _load_tokens(q_t, rows, live, q_t_strides, HEAD_DIM, BLOCK_D, DOT)
+
+    m_s = tl.full([BLOCK_M], _MASKED, tl.float32)
+    m_t = tl.full([BLOCK_M], _MASKED, tl.float32)
+    l_s = tl.zeros([BLOCK_M], tl.float32)
+    l_t = tl.zeros([BLOCK_M], tl.float32)
+    a = tl.zeros([BLOCK_M], tl.float32)
+    for part in tl.static_range(0 if SEGMENTS else 1, 3):
+        if part == 0:
+            first, last = lo, lo_full
+        elif part == 1:
+            first, last = lo_full, start
+        else:
+            first, last = start, end
+        for key_start in range(first, last, BLOCK_N):
+            keys = key_start + tl.arange(0, BLOCK_N)
+            key_names = (
+                tl.zeros([BLOCK_N], tl.int32) if part == 1 else _names(segments, keys, seq_len, SEGMENTS)
+            )
+            y_s = _load_tokens(k_s, keys, key_names >= 0, k_s_strides, HEAD_DIM, BLOCK_D, DOT)
+            y_t = _load_tokens(k_t, keys, key_names >= 0, k_t_strides, HEAD_DIM, BLOCK_D, DOT)
+            s = tl.dot(x_s, tl.trans(y_s), input_precision=PRECISION) * log2_scale
+            t = tl.dot(x_t, tl.trans(y_t), input_precision=PRECISION) * log2_scale
+            if part != 1:
+                visible = (keys[None, :] <= rows[:, None]) & (key_names[None, :] == row_names[:, None])
+                s = tl.where(visible, s, _MASKED)
+                t = tl.where(visible, t, _MASKED)
+            new_m_s = tl.maximum(m_s, tl.max(s, 1))
+            new_m_t = tl.maximum(m_t, tl.max(t, 1))
+            fall_s = m_s - new_m_s
+            fall_t = m_t - new_m_t
+            m_s = new_m_s
+            m_t = new_m_t
+            s -= m_s[:, None]
+            t -= m_t[:, None]
+            p_t = tl.exp2(t)
+            shrink_t = tl.exp2(fall_t)
+            a = (a + l_t * (fall_t - fall_s)) * shrink_t + tl.sum(p_t * (t - s), 1)
+            l_s = l_s * tl.exp2(fall_s) + tl.sum(tl.exp2(s), 1)
+            l_t = l_t * shrink_t + tl.sum(p_t, 1)
+
+    value = (a / l_t - (tl.log2(l_t) - tl.log2(l_s))) * _LN2
+    place = sequence * seq_len + rows
+    inside = rows < seq_len
+    tl.store(kl + place, tl.where(live, value, 0.0), mask=inside)
+    # Kept apart, not as m + log l: that would round a probability next to 1 by the size of its logit.
+    tl.store(max_s + place, tl.where(live, m_s, 0.0), mask=inside)
+    tl.store(max_t + place, tl.where(live, m_t, 0.0), mask=inside)
+    tl.store(inverse_s + place, tl.where(live, 1.0 / l_s, 0.0), mask=inside)
+    tl.store(inverse_t + place, tl.where(live, 1.0 / l_t, 0.0), mask=inside)
+
+
+@triton.jit
+def backward_kernel(
+    x_s, x_t, y_s, y_t, x_s_strides, x_t_strides, y_s_strides, y_t_strides, segments, bounds, max_s, max_t,
+    inverse_s, inverse_t, row_grad, unit, grad, grad_strides,
+    heads, group, seq_len, log2_scale, softmax_scale,
+    BELOW: tl.constexpr, ABOVE: tl.constexpr, BOOST: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SEGMENTS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradient of one tile of one head of x, whole: no other program writes to it.
+
+    BELOW adds what the tile gets as rows, from its keys y:   sum_{j<=i} g_i (Ps_ij - Pt_ij) y_j.
+    ABOVE adds what it gets as keys, from the rows y after it: sum_{j>=i} g_j (Ps_ji - Pt_ji) y_j.
+    A self-relation has both, with y = x: S is symmetric, so the logits of row j with key i are those of i
+    with j. For attention, x = q has BELOW alone; x = k has ABOVE alone, with `group` query heads to a key
+    head.
+    """
+    tiles = tl.cdiv(seq_len, BLOCK_M)
+    # Programs with the most to visit go first: the last tiles below, the first above; both together are even.
+    tile = tl.program_id(0) % tiles
+    if not ABOVE:
+        tile = tiles - 1 - tile
+    sequence = (tl.program_id(0) // tiles).to(tl.int64)
+    batch, head = sequence // heads, sequence % heads
+    start = tile * BLOCK_M
+    rows = start + tl.arange(0, BLOCK_M)
+    segments += batch * seq_len
+    row_names = _names(segments, rows, seq_len, SEGMENTS)
+    live = row_names >= 0
+    lo, lo_full, end, hi_full, hi = _bounds(
+        bounds, batch * tiles + tile, start, seq_len, BLOCK_M, BLOCK_N, SEGMENTS
+    )
+
+    x_s += batch * x_s_strides[0] + head * x_s_strides[1]
+    x_t += batch * x_t_strides[0] + head * x_t_strides[1]
+    own_s = _load_tokens(x_s, rows, live, x_s_strides, HEAD_DIM, BLOCK_D, DOT)
+    own_t = _load_tokens(x_t, rows, live, x_t_strides, HEAD_DIM, BLOCK_D, DOT)
+    y_s += batch * y_s_strides[0]
+    y_t += batch * y_t_strides[0]
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    if BELOW:
+        place = sequence * seq_len + rows
+        m_s = tl.load(max_s + place, mask=live, other=0.0)
+        m_t = tl.load(max_t + place, mask=live, other=0.0)
+        # BOOST keeps fp16 weights clear of its smallest numbers.
+        r_s = tl.load(inverse_s + place, mask=live, other=0.0) * BOOST
+        r_t = tl.load(inverse_t + place, mask=live, other=0.0) * BOOST
+        k_s = y_s + head // group * y_s_strides[1]
+        k_t = y_t + head // group * y_t_strides[1]
+        for part in tl.static_range(0 if SEGMENTS else 1, 3):
+            if part == 0:
+                first, last = lo, lo_full
+            elif part == 1:
+                first, last = lo_full, start
+            else:
+                first, last = start, end
+            for key_start in range(first, last, BLOCK_N):
+                keys = key_start + tl.arange(0, BLOCK_N)
+                names = (
+                    tl.zeros([BLOCK_N], tl.int32) if part == 1 else _names(segments, keys, seq_len, SEGMENTS)
+                )
+                other_s = _load_tokens(k_s, keys, names >= 0, y_s_strides, HEAD_DIM, BLOCK_D, DOT)
+                other_t = _load_tokens(k_t, keys, names >= 0, y_t_strides, HEAD_DIM, BLOCK_D, DOT)
+                s = tl.dot(own_s, tl.trans(other_s), input_precision=PRECISION) * log2_scale
+                t = tl.dot(own_t, tl.trans(other_t), input_precision=PRECISION) * log2_scale
+                p_s = tl.exp2(s - m_s[:, None]) * r_s[:, None]
+                p_t = tl.exp2(t - m_t[:, None]) * r_t[:, None]
+                weight = p_s - p_t
+                if part != 1:
+                    visible = (keys[None, :] <= rows[:, None]) & (names[None, :] == row_names[:, None])
+                    weight = tl.where(visible, weight, 0.0)
+                acc = tl.dot(weight.to(DOT), other_s, acc, input_precision=PRECISION)
+        # Here once a row, not above once a pair: a small g would be lost in a 16-bit weight.
+        acc *= tl.load(row_grad + place, mask=live, other=0.0)[:, None]
+
+    if ABOVE:
+        for query_head in range(head * group, (head + 1) * group):
+            q_s = y_s + query_head * y_s_strides[1]
+            q_t = y_t + query_head * y_t_strides[1]
+            statistics = (batch * heads * group + query_head) * seq_len
+            for part in tl.static_range(3):
+                if part == 0:
+                    first, last = start, end
+                elif part == 1:
+                    first, last = end, hi_full
+                else:
+                    first, last = hi_full, hi
+                for query_start in range(first, last, BLOCK_N):
+                    queries = query_start + tl.arange(0, BLOCK_N)
+                    names = (
+                        tl.zeros([BLOCK_N], tl.int32)
+                        if part == 1
+                        else _names(segments, queries, seq_len, SEGMENTS)
+                    )
+                    other_s = _load_tokens(q_s, queries, names >= 0, y_s_strides, HEAD_DIM, BLOCK_D, DOT)
+                    other_t = _load_tokens(q_t, queries, names >= 0, y_t_strides, HEAD_DIM, BLOCK_D, DOT)
+                    others = statistics + queries
+                    real = names >= 0
+                    their_m_s = tl.load(max_s + others, mask=real, other=0.0)
+                    their_m_t = tl.load(max_t + others, mask=real, other=0.0)
+                    their_r_s = tl.load(inverse_s + others, mask=real, other=0.0)
+                    their_r_t = tl.load(inverse_t + others, mask=real, other=0.0)
+                    g = tl.load(row_grad + others, mask=real, other=0.0) * BOOST
+                    s = tl.dot(own_s, tl.trans(other_s), input_precision=PRECISION) * log2_scale
+                    t = tl.dot(own_t, tl.trans(other_t), input_precision=PRECISION) * log2_scale
+                    p_s = tl.exp2(s - their_m_s[None, :]) * their_r_s[None, :]
+                    p_t = tl.exp2(t - their_m_t[None, :]) * their_r_t[None, :]
+                    weight = (p_s - p_t) * g[None, :]
+                    if part != 1:
+                        visible = (queries[None, :] >= rows[:, None]) & (names[None, :] == row_names[:, None])
+                        weight = tl.where(visible, weight, 0.0)
+                    acc = tl.dot(weight.to(DOT), other_s, acc, input_precision=PRECISION)
+
+    # A padding row can hold anything by now, NaN included: it is replaced, not multiplied.
+    result = tl.where(live[:, None], acc * (tl.load(unit) * softmax_scale / BOOST), 0.0)
+    channels = tl.arange(0, BLOCK_D)
+    grad += batch * grad_strides[0] + head * grad_strides[1]
+    pointers = grad + rows.to(tl.int64)[:, None] * grad_strides[2] + channels[None, :] * grad_strides[3]
+    mask = (rows < seq_len)[:, None] & (channels < HEAD_DIM)[None, :]
+    tl.store(pointers, result.to(grad.dtype.element_ty), mask=mask)
