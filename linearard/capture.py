@@ -7,6 +7,7 @@ is no global state, and teacher, student and evaluation may differ in everything
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -162,10 +163,13 @@ def _varlen(
         )
     from torch.nn.attention.varlen import varlen_attn
 
+    # Versions before `window_size` spell it `is_causal`.
+    windowed = "window_size" in inspect.signature(varlen_attn).parameters
+    causal: dict[str, Any] = {"window_size": (-1, 0)} if windowed else {"is_causal": True}
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    return varlen_attn(query, key, value, borders, borders, longest, longest, scale=scaling, window_size=(-1, 0))
+    return varlen_attn(query, key, value, borders, borders, longest, longest, scale=scaling, **causal)
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:

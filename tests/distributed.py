@@ -71,7 +71,9 @@ def ds_json(folder: Path, stage: int) -> str:
     zero: dict[str, Any] = {"stage": stage, "reduce_scatter": True, "contiguous_gradients": True, "overlap_comm": False}
     if stage == 3:
         zero |= {"stage3_param_persistence_threshold": 100, "stage3_prefetch_bucket_size": 2000}
-    path.write_text(json.dumps({"zero_optimization": zero, "bf16": {"enabled": "auto"}}))
+    temporary = folder / f".zero{stage}-{os.getpid()}"  # ranks write it side by side
+    temporary.write_text(json.dumps({"zero_optimization": zero, "bf16": {"enabled": "auto"}}))
+    os.replace(temporary, path)
     return str(path)
 
 

@@ -17,8 +17,9 @@ from .tiles import Tile, Tiles, pad_head_dim, pick_tiles
 from .torch_backend import Operands
 from .triton_kernels import backward_kernel, forward_kernel
 
-# TRITON_INTERPRET is read once, when the kernels are defined; this says what came of it.
-INTERPRETING = isinstance(forward_kernel, InterpretedFunction)
+# TRITON_INTERPRET is read where a kernel is defined: for Triton's own functions, when triton is imported. Set in
+# between, it would interpret our kernels and not those.
+INTERPRETING = isinstance(forward_kernel, InterpretedFunction) and isinstance(tl.sum, InterpretedFunction)
 
 _LOG2_E = 1.4426950408889634
 _DOT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
