@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import snapshot_download
 
 from linearard.config import Config, to_dict
 from linearard.errors import UserError
@@ -95,6 +96,7 @@ def save(
         complete = sorted(path.parent for path in root.glob("step-*/manifest.json"))
         for old in complete[: -config.train.keep_checkpoints]:
             if old != folder:
+                (old / "manifest.json").unlink()  # first: what a killed process leaves behind is not complete
                 shutil.rmtree(old)
     context.barrier()
     return folder
@@ -134,20 +136,35 @@ def load(engine: Any, folder: Path, context: ParallelContext) -> tuple[int, dict
     return read_manifest(folder)["step"], state["stream"]
 
 
-def base_identity(path: str) -> dict[str, str]:
-    """Reference and SHA-256 of the base model's configuration and weight files."""
-    folder = Path(path)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
+def base_identity(path: str, revision: str | None = None) -> dict[str, str]:
+    """Reference and SHA-256 of the base model's configuration and weight files; downloads a model of the hub.
 
-        folder = Path(snapshot_download(path, local_files_only=True))
+    Raises:
+        UserError: no such folder or model, or no weights in it.
+    """
+    folder, kind = _weights(path, revision)
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
-        if file.suffix in (".safetensors", ".bin") or file.name == "config.json":
+        if file.suffix == kind or file.name == "config.json":
             digest.update(file.name.encode())
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
     return {"path": path, "sha256": digest.hexdigest()}
+
+
+def _weights(path: str, revision: str | None) -> tuple[Path, str]:
+    """The base's folder, and the suffix of the weight files that transformers takes from it."""
+    for kind in (".safetensors", ".bin"):
+        folder = Path(path)
+        if not folder.is_dir():
+            try:
+                folder = Path(snapshot_download(path, revision=revision, allow_patterns=["config.json", f"*{kind}"]))
+            except (OSError, ValueError) as error:
+                reason = str(error).strip().splitlines()[0]
+                raise UserError(f"model.path: {path}: no such folder, and not on the Hugging Face hub: {reason}") from None
+        if any(folder.glob(f"*{kind}")):
+            return folder, kind
+    raise UserError(f"model.path: {path}: no .safetensors and no .bin file; restore the model's weights")
 
 
 def _rank_file(folder: Path, rank: int) -> Path:

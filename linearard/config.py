@@ -7,6 +7,7 @@ Unknown keys, wrong types and combinations that cannot work raise `UserError` be
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -295,9 +296,11 @@ def _build_union(arguments: tuple[Any, ...], raw: Any, where: str) -> Any:
 def _build_scalar(kind: type, raw: Any, where: str) -> Any:
     if kind is float and not isinstance(raw, bool):
         try:  # YAML 1.1 reads 1e-5 as a string
-            return float(raw)
+            number = float(raw)
         except (TypeError, ValueError):
-            pass
+            number = math.nan
+        if math.isfinite(number):
+            return number
     if kind is int and isinstance(raw, int) and not isinstance(raw, bool):
         return raw
     if kind in (bool, str) and isinstance(raw, kind):
@@ -335,6 +338,8 @@ def check(config: Config) -> None:
     _one_of("model.existing_rope", model.existing_rope, ("refuse", "compose"))
     if model.trainable == "lora":
         _at_least("model.lora.r", model.lora.r, 1)
+        if not model.lora.alpha > 0:
+            raise UserError(f"model.lora.alpha: {model.lora.alpha} must be above 0; adapters have no effect otherwise")
         if not 0 <= model.lora.dropout < 1:
             raise UserError(f"model.lora.dropout: {model.lora.dropout} is not in [0, 1)")
         if not model.lora.target_modules:
@@ -367,13 +372,19 @@ def check(config: Config) -> None:
         raise UserError(f"train.learning_rate: {train.learning_rate} must be above 0")
     if not 0 <= train.min_lr_ratio <= 1:
         raise UserError(f"train.min_lr_ratio: {train.min_lr_ratio} is not in [0, 1]")
-    for name in ("warmup_steps", "weight_decay", "gradient_clipping"):
+    for name in ("warmup_steps", "weight_decay", "gradient_clipping", "adam_eps", "seed"):
         _at_least(f"train.{name}", getattr(train, name), 0)
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(train, name) < 1:
+            raise UserError(f"train.{name}: {getattr(train, name)} is not in [0, 1)")
     _at_least("evaluation.every", config.evaluation.every, 0)
     _at_least("evaluation.max_windows", config.evaluation.max_windows, 1)
     if any(multiple < 1 for multiple in config.evaluation.multiples):
         raise UserError("evaluation.multiples: use whole numbers from 1")
     _at_least("metrics.per_layer_every", config.metrics.per_layer_every, 0)
+    peak = config.metrics.peak_tflops
+    if peak is not None and not peak > 0:
+        raise UserError(f"metrics.peak_tflops: {peak} must be above 0; leave it out for a known GPU")
 
 
 def _check_objective(objective: ObjectiveConfig) -> None:
@@ -410,6 +421,8 @@ def _check_data(data: DataConfig) -> None:
             raise UserError(f"data.sources.{i}: give exactly one of path and name")
         _one_of(f"data.sources.{i}.format", source.format, ("auto", "text", "jsonl", "parquet"))
         _one_of(f"data.sources.{i}.role", source.role, ("both", "train", "held_out"))
+        if source.max_documents is not None:
+            _at_least(f"data.sources.{i}.max_documents", source.max_documents, 1)
     _one_of("data.packing", data.packing, ("documents", "stream"))
     if not 0 <= data.held_out_fraction < 1:
         raise UserError(f"data.held_out_fraction: {data.held_out_fraction} is not in [0, 1)")

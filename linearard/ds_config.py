@@ -31,6 +31,9 @@ def complete(config: Config) -> dict[str, Any]:
         raise UserError(f"deepspeed: {path}: cannot be read as JSON: {error}") from None
     if not isinstance(ds, dict):
         raise UserError(f"deepspeed: {path}: must hold a JSON object")
+    for key in ("bf16", "fp16"):
+        if not isinstance(ds.get(key, {}), dict):
+            raise UserError(f"deepspeed: {path}: {key} must be an object such as {{\"enabled\": \"auto\"}}, not {ds[key]!r}")
     _refuse_unsupported(ds, path)
     train = config.train
     owned = {

@@ -17,19 +17,22 @@ PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "H800": 989.0, "A100": 312.0, "A800
 class MetricsWriter:
     """Appends one JSON object a step to metrics.jsonl and the numbers in it to TensorBoard; rank 0 only."""
 
-    def __init__(self, run_dir: Path, first_step: int, tensorboard: bool) -> None:
-        """Steps from `first_step` on, left behind by a run that was killed after its last checkpoint, are dropped."""
+    def __init__(self, run_dir: Path, finished_steps: int, tensorboard: bool) -> None:
+        """Steps after `finished_steps`, left behind by a run that was killed after its last checkpoint, are dropped.
+
+        Records count steps from 1: the checkpoint of 50 finished steps belongs to the record of step 50.
+        """
         run_dir.mkdir(parents=True, exist_ok=True)
         self._path = run_dir / "metrics.jsonl"
         if self._path.exists():
-            kept = [line for line in self._path.read_text().splitlines(keepends=True) if _step_of(line) < first_step]
-            self._path.write_text("".join(kept))
+            lines = self._path.read_text().splitlines(keepends=True)
+            self._path.write_text("".join(line for line in lines if _step_of(line) <= finished_steps))
         self._file = self._path.open("a", encoding="utf-8")
         self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=finished_steps + 1)
 
     def write(self, record: dict[str, Any]) -> None:
         """Writes one step's record; it must have "step"."""

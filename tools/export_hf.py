@@ -82,7 +82,7 @@ def _student(config: Config, folder: Path, path: str, dtype: str) -> Any:
     trained = get_fp32_state_dict_from_zero_checkpoint(
         str(folder.parent), tag=folder.name, exclude_frozen_parameters=True
     )
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))  # tied weights go by both names
     unknown = [name for name in trained if name not in parameters]
     if unknown:
         raise UserError(f"{folder}: holds {unknown[0]}, which {path} has not; it was trained from another model")

@@ -13,6 +13,8 @@ import triton.language as tl
 # Stands for -inf, but its differences are no NaN. What masked keys add to a row before its first visible one
 # is lost in the product with exp2(_MASKED - m) = 0; every row but those of padding has a visible key.
 _MASKED = tl.constexpr(-1e30)
+# Not compiled anew for every length; strides are, for the width of the loads depends on them.
+_VARYING = ["heads", "group", "seq_len"]
 _LN2 = tl.constexpr(0.6931471805599453)
 
 
@@ -53,7 +55,7 @@ def _bounds(
         return 0, 0, end, end + (seq_len - end) // BLOCK_N * BLOCK_N, seq_len
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def forward_kernel(
     q_s, k_s, q_t, k_t, q_s_strides, k_s_strides, q_t_strides, k_t_strides, segments, bounds, kl,
     max_s, max_t, inverse_s, inverse_t, heads, group, seq_len, log2_scale,
@@ -135,7 +137,7 @@ def forward_kernel(
     tl.store(inverse_t + place, tl.where(live, 1.0 / l_t, 0.0), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def backward_kernel(
     x_s, x_t, y_s, y_t, x_s_strides, x_t_strides, y_s_strides, y_t_strides, segments, bounds, max_s, max_t,
     inverse_s, inverse_t, row_grad, unit, grad, grad_strides,

@@ -8,6 +8,7 @@ training, so that a shard of a sequence rotates as the whole sequence does.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +19,17 @@ from transformers import PretrainedConfig
 
 from linearard.errors import UserError
 
-SCALED_TYPES = ("linear", "dynamic", "yarn", "llama3", "longrope")
+# What each type takes besides rope_type, factor, rope_theta and partial_rotary_factor.
+TYPE_KEYS = {
+    "linear": (),
+    "dynamic": (),
+    "yarn": (
+        "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+        "truncate",
+    ),
+    "llama3": ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"),
+}  # fmt: skip
 
 
 def scaled_config(native: PretrainedConfig, rope_parameters: dict[str, Any], existing_rope: str) -> PretrainedConfig:
@@ -36,17 +47,21 @@ def scaled_config(native: PretrainedConfig, rope_parameters: dict[str, Any], exi
     base = native_rope_parameters(native)
     wanted = dict(rope_parameters)
     rope_type = wanted.get("rope_type")
-    if rope_type not in SCALED_TYPES:
-        raise UserError(f"model.rope_parameters.rope_type: {rope_type!r}; use one of {', '.join(SCALED_TYPES)}")
+    if rope_type not in tuple(TYPE_KEYS):
+        raise UserError(f"model.rope_parameters.rope_type: {rope_type!r}; use one of {', '.join(TYPE_KEYS)}")
+    known = ("rope_type", "factor", "rope_theta", "partial_rotary_factor", *TYPE_KEYS[rope_type])
+    for key in wanted:
+        if key not in known:
+            raise UserError(f"model.rope_parameters.{key}: unknown key; {rope_type} takes {', '.join(known)}")
     if "factor" not in wanted:
         raise UserError("model.rope_parameters.factor: missing; give the stretch of the context, such as 8.0")
     try:
         factor = float(wanted["factor"])
     except (TypeError, ValueError):
         raise UserError(f"model.rope_parameters.factor: {wanted['factor']!r} is not a number") from None
-    if factor <= 1:
+    if not 1 < factor < math.inf:
         raise UserError(
-            f"model.rope_parameters.factor: {factor} leaves the student equal to its teacher; use more than 1"
+            f"model.rope_parameters.factor: {factor} is no stretch: the student would equal its teacher; use more than 1"
         )
     wanted["factor"] = factor
     existing = base.get("rope_type", "default")
@@ -79,8 +94,8 @@ def scaled_config(native: PretrainedConfig, rope_parameters: dict[str, Any], exi
         config.max_position_embeddings = round(length * factor)
     try:
         rope_frequencies_check(config)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"model.rope_parameters: {error} missing or wrong for rope_type {rope_type}") from None
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise UserError(f"model.rope_parameters: missing or wrong for rope_type {rope_type}: {error}") from None
     return config
 
 
@@ -103,9 +118,15 @@ def rope_frequencies_check(config: PretrainedConfig) -> None:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     config = copy.deepcopy(config)
-    inv_freq, _ = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config, torch.device("cpu"), seq_len=2)
-    if not torch.isfinite(inv_freq).all():
-        raise ValueError("a value that gives finite frequencies is")
+    rope_type = config.rope_parameters["rope_type"]
+    for seq_len in (2, config.max_position_embeddings + 1):  # longrope has a list of factors for each
+        inv_freq, _ = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"), seq_len=seq_len)
+        if not (torch.isfinite(inv_freq) & (inv_freq > 0)).all():
+            raise ValueError("frequencies are not finite and positive")
+        for key in ("short_factor", "long_factor") if rope_type == "longrope" else ():
+            factors = config.rope_parameters[key]
+            if not isinstance(factors, list) or len(factors) != inv_freq.numel():
+                raise ValueError(f"{key} must be a list of {inv_freq.numel()} numbers")
 
 
 def _rotary(model: nn.Module) -> nn.Module:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -28,9 +30,11 @@ def load_model_config(model: ModelConfig) -> PretrainedConfig:
     Raises:
         UserError: no such model, unreadable, or not a decoder with grouped-query attention fields.
     """
+    if model.path.startswith(("/", "./", "../", "~")) and not Path(model.path).exists():
+        raise UserError(f"model.path: {model.path}: no such folder; name a model folder or a Hugging Face model")
     try:
         config = AutoConfig.from_pretrained(model.path, revision=model.revision)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise UserError(f"model.path: {model.path}: cannot load its config.json: {_first_line(error)}") from None
     for name in ("num_attention_heads", "num_hidden_layers", "hidden_size", "max_position_embeddings"):
         if getattr(config, name, None) is None:
@@ -78,19 +82,31 @@ def load_model(config: Config, model_config: PretrainedConfig) -> nn.Module:
     """
     model_config = copy.deepcopy(model_config)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             config.model.path,
             revision=config.model.revision,
             config=model_config,
             dtype=DTYPES[config.model.precision],
             attn_implementation=ATTENTION,
+            output_loading_info=True,
         )
     except (OSError, ValueError) as error:
         raise UserError(f"model.path: {config.model.path}: cannot be loaded: {_first_line(error)}") from None
     except Exception as error:  # safetensors raises its own error class for a truncated file
         if type(error).__module__.startswith("safetensors"):
             raise UserError(f"model.path: {config.model.path}: unreadable weights: {_first_line(error)}") from None
+        if isinstance(error, RuntimeError) and "mismatch" in str(error):
+            raise UserError(
+                f"model.path: {config.model.path}: weights and config.json have different shapes; restore the one "
+                "that belongs to the other"
+            ) from None
         raise
+    missing = sorted(info["missing_keys"])
+    if missing:  # transformers fills them with random numbers and only warns
+        raise UserError(
+            f"model.path: {config.model.path}: {len(missing)} weights are missing, the first is {missing[0]}; "
+            "restore the model's files"
+        )
     model.config.use_cache = False
     return model.requires_grad_(False).eval()
 
@@ -164,4 +180,5 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

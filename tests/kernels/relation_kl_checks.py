@@ -115,33 +115,42 @@ def evaluate(case: Case, backend: str, softmax_scale: float | None = None) -> Re
 
 def exact(case: Case, softmax_scale: float | None = None) -> Result:
     """The dense version in float64, on the very values that the case holds."""
-    return evaluate(Case(*(_double(x) for x in case)), "reference", softmax_scale)  # type: ignore[arg-type]
+    return evaluate(_convert(case, torch.float64), "reference", softmax_scale)
 
 
-def _double(x: Tensor | None) -> Tensor | None:
-    return x.double() if x is not None and x.is_floating_point() else x
+def _convert(case: Case, dtype: torch.dtype) -> Case:
+    tensors = (x.to(dtype) if x is not None and x.is_floating_point() else x for x in case)
+    return Case(*tensors)  # type: ignore[arg-type]
 
 
-def check(case: Case, backend: str, softmax_scale: float | None = None) -> None:
-    """Rows and every gradient may err twice as much as the plain version in the same precision, and a little."""
+def check(case: Case, backend: str, softmax_scale: float | None = None, floor: float = 2e-7) -> None:
+    """Rows and every gradient may err twice as much as the plain version in the same precision, and a little.
+
+    Args:
+        floor: that little, relative to the largest value, and to 1 where all are smaller.
+    """
     got = evaluate(case, backend, softmax_scale)
     truth = exact(case, softmax_scale)
     plain = evaluate(case, "reference", softmax_scale)
+    if not plain.rows.isfinite().all():
+        # Plain fp16 overflows where logits pass 65504; bf16 then is the yardstick.
+        assert case.student_q.dtype == torch.float16
+        plain = evaluate(_convert(case, torch.bfloat16), "reference", softmax_scale)
     for name, a, b, c in zip(Result._fields, got, truth, plain, strict=True):
         if a is not None and b is not None and c is not None:
-            assert_within_budget(name, a, b, c)
+            assert_within_budget(name, a, b, c, floor)
     if case.segment_ids is not None:
         padding = (case.segment_ids < 0)[:, None].expand_as(got.rows)
         assert (got.rows[padding] == 0).all()
         assert (got.grad_q[padding] == 0).all()
 
 
-def assert_within_budget(name: str, got: Tensor, truth: Tensor, plain: Tensor) -> None:
+def assert_within_budget(name: str, got: Tensor, truth: Tensor, plain: Tensor, floor: float) -> None:
     assert torch.isfinite(got).all(), f"{name}: {int((~torch.isfinite(got)).sum())} values are not finite"
     assert got.shape == truth.shape, f"{name}: {got.shape} instead of {truth.shape}"
     error = (got.double() - truth).abs()
     budget = (plain.double() - truth).abs()
-    floor = 1e-6 * max(1e-3, float(truth.abs().max()))
+    floor *= max(1.0, float(truth.abs().max()))
     assert float(error.max()) <= 2 * float(budget.max()) + floor, (
         f"{name}: the largest error is {float(error.max()):.2e}; the plain version's {float(budget.max()):.2e}"
     )

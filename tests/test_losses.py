@@ -1,0 +1,152 @@
+"""Chunked losses against plain ones, and the sums of relations that the step divides once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from relation_kl import reference
+
+from linearard.losses import RelationLoss, TeacherRelations, logits_kl, next_token_loss, per_layer_table
+
+
+def _logits(seed: int, rows: int = 2, length: int = 13, vocabulary: int = 17) -> torch.Tensor:
+    return 3 * torch.randn(rows, length, vocabulary, generator=torch.Generator().manual_seed(seed))
+
+
+def _labels() -> torch.Tensor:
+    labels = torch.randint(0, 17, (2, 13), generator=torch.Generator().manual_seed(9))
+    labels[0, :3] = -100
+    labels[1, 7] = -100
+    labels[1, -1] = -100
+    return labels
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 26, 2048])
+def test_next_token_loss_does_not_depend_on_the_chunk(chunk: int) -> None:
+    labels, logits = _labels(), _logits(0).requires_grad_()
+    value = next_token_loss(logits, labels, chunk)
+    value.backward()
+    plain = _logits(0).double().requires_grad_()
+    expected = sum(
+        -F.log_softmax(plain[b, i], -1)[labels[b, i]] for b in range(2) for i in range(13) if labels[b, i] >= 0
+    )
+    expected.backward()
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert torch.allclose(logits.grad.double(), plain.grad, atol=1e-6)
+    assert logits.grad[0, 0].abs().max() == 0  # no label, no gradient
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 26, 2048])
+def test_logits_kl_does_not_depend_on_the_chunk(chunk: int) -> None:
+    labels, student, teacher = _labels(), _logits(1).requires_grad_(), _logits(2).requires_grad_()
+    value = logits_kl(student, teacher, labels, chunk)
+    plain = _logits(1).double().requires_grad_()
+    p, log_q = F.softmax(_logits(2).double(), -1), F.log_softmax(plain, -1)
+    rows = (p * (p.log() - log_q)).sum(-1)
+    expected = rows[labels >= 0].sum()
+    (of_student,) = torch.autograd.grad(value, student)
+    (of_plain,) = torch.autograd.grad(expected, plain)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert torch.allclose(of_student.double(), of_plain, atol=1e-6)
+    assert logits_kl(_logits(1), _logits(1), labels, chunk).item() == 0
+
+
+def test_bf16_logits_are_summed_in_fp32() -> None:
+    labels, logits = _labels(), _logits(3).bfloat16()
+    expected = F.cross_entropy(logits.double().flatten(0, 1), labels.flatten(), reduction="sum")
+    assert next_token_loss(logits, labels, 4).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_no_labels_give_zero() -> None:
+    labels = torch.full((2, 13), -100)
+    logits = _logits(0).requires_grad_()
+    value = next_token_loss(logits, labels) + logits_kl(logits, _logits(1), labels)
+    value.backward()
+    assert value.item() == 0 and logits.grad.abs().max() == 0
+
+
+class _Layer:
+    """q, k, v of 4 and 2 heads, student and teacher, of one layer."""
+
+    def __init__(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(heads: int) -> torch.Tensor:
+            return torch.randn(2, heads, 11, 8, generator=generator)
+
+        self.student = [draw(4).requires_grad_(), draw(2).requires_grad_(), draw(2).requires_grad_()]
+        self.teacher = [draw(4), draw(2), draw(2)]
+
+
+def test_relation_gradient_is_added_in_backward_and_counted_once() -> None:
+    """Two layers of three, four relations: sums, means and gradients against the dense reference."""
+    weights, chosen, scale = {"qq": 1.0, "kk": 0.5, "vv": 2.0, "qk": 0.3}, (0, 2), 0.35
+    segments = torch.tensor([[0] * 5 + [1] * 6, [0] * 8 + [-1] * 3], dtype=torch.int32)
+    rows, layers = int((segments >= 0).sum()), [_Layer(seed) for seed in range(3)]
+    loss = RelationLoss(weights, chosen, 4, 2, key_value_share=1.0)
+    teacher = TeacherRelations(weights, chosen)
+    for number, layer in enumerate(layers):
+        same = teacher.observe(number, *layer.teacher, scale)
+        assert all(a is b for a, b in zip(same, layer.teacher, strict=True))
+    observe = loss.observer(teacher, segments, rows, gradient_scale=3.0)
+    assert loss.stacked_sums(torch.device("cpu")).abs().sum() == 0
+    upstream = [[torch.full_like(x, 0.01) for x in layer.student] for layer in layers]
+    for number, layer in enumerate(layers):
+        outputs = observe(number, *layer.student, scale)
+        assert all(torch.equal(a, b) for a, b in zip(outputs, layer.student, strict=True))
+        torch.autograd.backward(outputs, upstream[number])
+    means, per_layer = loss.means(loss.stacked_sums(torch.device("cpu")), rows)
+
+    total = torch.zeros((), dtype=torch.float64)
+    expected: dict[str, list[float]] = {name: [] for name in weights}
+    doubles = [[x.detach().double().requires_grad_() for x in layer.student] for layer in layers]
+    for number in chosen:
+        (q, k, v), (tq, tk, tv) = doubles[number], (x.double() for x in layers[number].teacher)
+        values = {
+            "qq": reference.relation_kl(q, tq, softmax_scale=scale, segment_ids=segments),
+            "kk": reference.relation_kl(k, tk, softmax_scale=scale, segment_ids=segments),
+            "vv": reference.relation_kl(v, tv, softmax_scale=scale, segment_ids=segments),
+            "qk": reference.attention_kl(q, k, tq, tk, softmax_scale=scale, segment_ids=segments),
+        }
+        for name, value in values.items():
+            mean = value.sum() / (value.shape[1] * rows)  # each relation by its own number of heads
+            expected[name].append(mean.item())
+            total = total + weights[name] * mean / len(chosen)
+    total.backward()
+    for name in weights:
+        assert per_layer[name] == pytest.approx(expected[name], rel=1e-5)
+        assert means[name] == pytest.approx(sum(expected[name]) / 2, rel=1e-5)
+    for number, layer in enumerate(layers):
+        for x, y in zip(layer.student, doubles[number], strict=True):
+            own = 3.0 * y.grad if number in chosen else torch.zeros_like(y)
+            assert torch.allclose(x.grad.double(), own + 0.01, atol=1e-6), number
+    table = per_layer_table(chosen, per_layer)
+    assert table["qk"] == {0: per_layer["qk"][0], 2: per_layer["qk"][1]}
+    loss.reset()
+    assert loss.stacked_sums(torch.device("cpu")).abs().sum() == 0
+
+
+def test_nothing_is_observed_without_gradient() -> None:
+    layer = _Layer(0)
+    teacher = TeacherRelations({"qq": 1.0}, (0,))
+    teacher.observe(0, *layer.teacher, 0.35)
+    loss = RelationLoss({"qq": 1.0}, (0,), 4, 2, 1.0)
+    with torch.no_grad():
+        outputs = loss.observer(teacher, torch.zeros(2, 11, dtype=torch.int32), 22, 1.0)(0, *layer.student, 0.35)
+    assert outputs[0] is layer.student[0] and not loss.sums
+
+
+def test_teacher_windows_are_joined_to_rows() -> None:
+    """Windows that were the teacher's batch become neighbours again; only the letters in use are kept."""
+    q = torch.randn(6, 4, 5, 8)  # 2 rows of 3 windows of 5 tokens
+    teacher = TeacherRelations({"qq": 1.0, "qk": 1.0}, (1,), windows_per_row=3)
+    teacher.observe(0, q, q[:, :2], q[:, :2], 1.0)
+    teacher.observe(1, q, q[:, :2], q[:, :2], 1.0)
+    assert list(teacher.layers) == [1] and sorted(teacher.layers[1]) == ["k", "q"]
+    joined = teacher.layers[1]["q"]
+    assert joined.shape == (2, 4, 15, 8)
+    for row in range(2):
+        for window in range(3):
+            assert torch.equal(joined[row, :, window * 5 : window * 5 + 5], q[row * 3 + window])
