@@ -24,7 +24,9 @@ from linearard.layout import Segments
 ATTENTION = "linearard"  # attn_implementation
 
 # (layer, query [B, H, T, D], key and value [B, Hkv, T, D], scaling) -> the same three tensors, or what replaces them
-Observer = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+Observer = Callable[
+    [int, torch.Tensor, torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+]
 
 
 @dataclass(frozen=True)
@@ -147,9 +149,7 @@ def _sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: 
         # On a CPU enable_gqa takes the path that builds the n x n matrix.
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
         groups = 1
-    return F.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scaling, enable_gqa=groups > 1
-    )
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=groups > 1)
 
 
 def _varlen(

@@ -50,7 +50,9 @@ def newest(run_dir: Path) -> Path | None:
         return None
     folder = pointer.parent / pointer.read_text().strip()
     if not (folder / "manifest.json").exists():
-        raise UserError(f"{pointer}: names {folder.name}, which is not complete; write the name of a complete one there")
+        raise UserError(
+            f"{pointer}: names {folder.name}, which is not complete; write the name of a complete one there"
+        )
     return folder
 
 
@@ -161,7 +163,9 @@ def _weights(path: str, revision: str | None) -> tuple[Path, str]:
                 folder = Path(snapshot_download(path, revision=revision, allow_patterns=["config.json", f"*{kind}"]))
             except (OSError, ValueError) as error:
                 reason = str(error).strip().splitlines()[0]
-                raise UserError(f"model.path: {path}: no such folder, and not on the Hugging Face hub: {reason}") from None
+                raise UserError(
+                    f"model.path: {path}: no such folder, and not on the Hugging Face hub: {reason}"
+                ) from None
         if any(folder.glob(f"*{kind}")):
             return folder, kind
     raise UserError(f"model.path: {path}: no .safetensors and no .bin file; restore the model's weights")

@@ -181,7 +181,9 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"--config {path}: no such file; give the path of a YAML file such as launch/demo.yaml") from None
+        raise UserError(
+            f"--config {path}: no such file; give the path of a YAML file such as launch/demo.yaml"
+        ) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--config {path}: cannot be read as YAML: {reason}") from None
@@ -233,7 +235,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         last = i == len(parts) - 1
         if isinstance(node, list):
             if not part.isdigit() or int(part) >= len(node):
-                raise UserError(f"override {key}: {'.'.join(parts[:i])} is a list of {len(node)}; use a number below it")
+                raise UserError(
+                    f"override {key}: {'.'.join(parts[:i])} is a list of {len(node)}; use a number below it"
+                )
             if last:
                 node[int(part)] = value
             else:
@@ -406,7 +410,8 @@ def _check_window(window: int | str, seq_len: int) -> None:
         _one_of("teacher.window", window, ("native", "full"))
     elif window > seq_len:
         raise UserError(
-            f"teacher.window: {window} is longer than the context data.seq_len {seq_len}; use native or at most {seq_len}"
+            f"teacher.window: {window} is longer than the context data.seq_len {seq_len}; "
+            f"use native or at most {seq_len}"
         )
     else:
         _at_least("teacher.window", window, 1)
@@ -463,7 +468,8 @@ def check_against_model(config: Config, shape: ModelShape) -> None:
     layers = config.objective.layers
     if not isinstance(layers, str) and max(layers) >= shape.num_hidden_layers:
         raise UserError(
-            f"objective.layers: layer {max(layers)} does not exist; the model has layers 0 to {shape.num_hidden_layers - 1}"
+            f"objective.layers: layer {max(layers)} does not exist; "
+            f"the model has layers 0 to {shape.num_hidden_layers - 1}"
         )
     window = shape.sliding_window
     longest = max(config.data.seq_len, shape.max_position_embeddings * max(config.evaluation.multiples, default=1))

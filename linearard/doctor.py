@@ -81,7 +81,9 @@ def device_of_choice() -> torch.device:
 def kernel_parity(device: torch.device) -> Iterator[Finding]:
     """Loss and gradient of relation_kl and attention_kl, each backend and dtype, against fp64 on the host."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    yield Finding("ok" if device.type == "cuda" else "note", "device", name if device.type == "cuda" else "CPU, no GPU found")
+    yield Finding(
+        "ok" if device.type == "cuda" else "note", "device", name if device.type == "cuda" else "CPU, no GPU found"
+    )
     backends = ["torch"]
     if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
         backends.insert(0, "triton")
@@ -126,7 +128,8 @@ def _parity(device: torch.device, backend: str, dtype: torch.dtype) -> Finding:
     errors = [_error(a, b) for a, b in zip(ours, truth, strict=True)]
     budget = [max(2 * _error(a, b), 1e-5) for a, b in zip(plain, truth, strict=True)]
     good = all(error <= limit for error, limit in zip(errors, budget, strict=True))  # NaN compares false
-    detail = f"relative error of loss {errors[0]:.1e}, of gradient {errors[1]:.1e} (at most {budget[0]:.1e}, {budget[1]:.1e})"
+    detail = f"relative error of loss {errors[0]:.1e} (at most {budget[0]:.1e}), "
+    detail += f"of gradient {errors[1]:.1e} (at most {budget[1]:.1e})"
     return Finding("ok" if good else "FAIL", f"relation_kl {backend} {str(dtype)[6:]}", detail)
 
 
@@ -141,7 +144,9 @@ def _aliased(device: torch.device, backend: str) -> Finding:
         self_attention(attention_kl), student, teacher, segment_ids=segments, backend=backend
     )
     error = _error(parts, whole)
-    return Finding("ok" if error < 1e-5 else "FAIL", f"aliased q = k {backend}", f"relative error of gradient {error:.1e}")
+    return Finding(
+        "ok" if error < 1e-5 else "FAIL", f"aliased q = k {backend}", f"relative error of gradient {error:.1e}"
+    )
 
 
 def rope_difference(config_file: str | None) -> Iterator[Finding]:
@@ -156,7 +161,11 @@ def rope_difference(config_file: str | None) -> Iterator[Finding]:
 
     if config_file is None:
         native = LlamaConfig(hidden_size=64, num_attention_heads=4, max_position_embeddings=256)
-        scaled, subject, length = scaled_config(native, {"rope_type": "linear", "factor": 8.0}, "refuse"), "a small Llama", 2048
+        scaled, subject, length = (
+            scaled_config(native, {"rope_type": "linear", "factor": 8.0}, "refuse"),
+            "a small Llama",
+            2048,
+        )
         kind: type[nn.Module] = LlamaRotaryEmbedding
     else:
         from transformers import AutoModelForCausalLM

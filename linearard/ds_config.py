@@ -33,7 +33,9 @@ def complete(config: Config) -> dict[str, Any]:
         raise UserError(f"deepspeed: {path}: must hold a JSON object")
     for key in ("bf16", "fp16"):
         if not isinstance(ds.get(key, {}), dict):
-            raise UserError(f"deepspeed: {path}: {key} must be an object such as {{\"enabled\": \"auto\"}}, not {ds[key]!r}")
+            raise UserError(
+                f'deepspeed: {path}: {key} must be an object such as {{"enabled": "auto"}}, not {ds[key]!r}'
+            )
     _refuse_unsupported(ds, path)
     train = config.train
     owned = {
@@ -44,7 +46,7 @@ def complete(config: Config) -> dict[str, Any]:
     }
     for key, (value, field) in owned.items():
         if ds.get(key, "auto") not in ("auto", value):
-            raise UserError(f"{field}: {value} contradicts {key}: {ds[key]} in {path}; write \"auto\" there")
+            raise UserError(f'{field}: {value} contradicts {key}: {ds[key]} in {path}; write "auto" there')
         ds[key] = value
     bf16 = dict(ds.get("bf16", {}))
     wanted = config.model.precision == "bf16"

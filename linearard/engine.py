@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,10 +122,12 @@ class Engine:
         next_token, kl = (reduced[-2:] / max(labels, 1)).tolist()
         loss = sum(weight * means[name] for name, weight in self.weights.items())
         loss += config.objective.next_token * next_token + config.objective.logits_kl * kl
-        if not torch.isfinite(torch.tensor(loss)):
+        if not math.isfinite(loss):
             raise FloatingPointError(f"loss is {loss} at step {step}; weights are as they were before it")
         self.engine.step()
         grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
+        if not math.isfinite(grad_norm):  # DeepSpeed leaves such a step out
+            raise FloatingPointError(f"gradient norm is {grad_norm} at step {step}; weights are as they were before it")
         return StepResult(
             loss=loss,
             relation_loss=means,

@@ -42,7 +42,7 @@ class PositionSums:
         return float(self.loss[part].sum() / count) if count else math.nan
 
     def by_multiple(self, native: int) -> dict[str, float]:
-        """Loss by position: {"1x": positions 0 to native - 1, "2x": native to 2 native - 1, "4x": to 4 native - 1, ...}."""
+        """Loss by position: {"1x": 0 to native - 1, "2x": native to 2 native - 1, "4x": to 4 native - 1, ...}."""
         buckets: dict[str, float] = {}
         start, multiple = 0, 1
         while start < len(self.count):
@@ -58,7 +58,7 @@ def score(
     length: int,
     *,
     batch_size: int = 1,
-    report: Callable[[int], None] | None = None,
+    report: Callable[[int], object] | None = None,
 ) -> PositionSums:
     """Scores every token but the first of each window, each window from its own start.
 
@@ -86,7 +86,9 @@ def score(
     return sums
 
 
-def _add(sums: PositionSums, logits: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor, chunk: int = 4096) -> None:
+def _add(
+    sums: PositionSums, logits: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor, chunk: int = 4096
+) -> None:
     targets = targets.to(logits.device)
     for start in range(0, len(targets), chunk):
         part = slice(start, start + chunk)

@@ -43,7 +43,7 @@ class Segments:
 def segments_of(ids: torch.Tensor, device: torch.device) -> Segments:
     """Segments of host integer ids [B, T]: a run is a maximal stretch of equal ids (padding is a run, too)."""
     batch_size, length = ids.shape
-    borders = (_starts(ids).flatten().nonzero().flatten().tolist()) + [batch_size * length]
+    borders = [*_starts(ids).flatten().nonzero().flatten().tolist(), batch_size * length]
     on_device = torch.tensor(borders, dtype=torch.int32).to(device, non_blocking=True)
     return Segments(batch_size, length, tuple(borders), on_device)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -21,6 +22,8 @@ def configure(level: int = logging.INFO) -> None:
     root.handlers[:] = [handler]
     root.propagate = False
     root.setLevel(level if rank == 0 else max(level, logging.WARNING))
+    # DeepSpeed calls collectives by names that newer versions of torch rename, once a rank.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*")
     # DeepSpeed and transformers report every group and cast at INFO; their warnings carry no rank.
     for name in ("DeepSpeed", "deepspeed", "transformers"):
         logging.getLogger(name).setLevel(logging.WARNING if rank == 0 else logging.ERROR)

@@ -15,10 +15,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the training; returns the exit status: 0 for success, 2 for a user's mistake."""
     parser = argparse.ArgumentParser(prog="linearard.train", description=__doc__)
     parser.add_argument("--config", required=True, help="YAML file, see launch/*.yaml")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print the configuration, start nothing")
+    parser.add_argument("--dry-run", action="store_true", help="check, print the configuration, start nothing")
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # the launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="key.subkey=value", help="override of a configuration value")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # overrides may stand on both sides of --dry-run
     try:
         return _run(options)
     except UserError as error:

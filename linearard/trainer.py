@@ -11,10 +11,19 @@ import torch
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
-from linearard import checkpoint, config as configuration, evaluation, metrics
+from linearard import checkpoint, evaluation, metrics
+from linearard import config as configuration
 from linearard.capture import AttentionPass
 from linearard.config import Config
-from linearard.data import BatchStream, Corpus, PackedDataset, evaluation_windows, load_tokenizer, prepare, tokenizer_fingerprint
+from linearard.data import (
+    BatchStream,
+    Corpus,
+    PackedDataset,
+    evaluation_windows,
+    load_tokenizer,
+    prepare,
+    tokenizer_fingerprint,
+)
 from linearard.engine import Engine, StepResult
 from linearard.errors import UserError
 from linearard.layout import whole_sequence
@@ -48,7 +57,9 @@ def run(config: Config, native: PretrainedConfig, context: ParallelContext) -> N
         config.data.shuffle,
     )
     log.info(
-        "%d training sequences of %d tokens, %.1f %% padding", len(dataset), config.data.seq_len,
+        "%d training sequences of %d tokens, %.1f %% padding",
+        len(dataset),
+        config.data.seq_len,
         100 * dataset.padding_fraction,
     )
     base = context.main_first(lambda: _base_identity(config, run_dir))
@@ -59,7 +70,7 @@ def run(config: Config, native: PretrainedConfig, context: ParallelContext) -> N
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(configuration.dump(config))
     engine = Engine(config, native, context)
-    log.info("rope: largest relative difference of student and teacher frequencies %.3g", engine.rope.largest_difference())
+    log.info("student and teacher frequencies differ by up to %.3g (relative)", engine.rope.largest_difference())
     step = 0
     if resume_from is not None:
         step, position = checkpoint.load(engine.engine, resume_from, context)
@@ -88,9 +99,12 @@ def _base_identity(config: Config, run_dir: Path) -> dict[str, str]:
         stored = json.loads(file.read_text())
         if stored["path"] == config.model.path:
             return stored
-    identity = checkpoint.base_identity(config.model.path)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(identity))
+    identity = checkpoint.base_identity(config.model.path, config.model.revision)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(identity))
+    except OSError as error:
+        raise UserError(f"run_dir: {run_dir} cannot be written ({error}); name a folder that can") from None
     return identity
 
 
@@ -107,9 +121,8 @@ def _loop(
     train = config.train
     writer = metrics.MetricsWriter(Path(config.run_dir), step, config.metrics.tensorboard) if context.is_main else None
     costs = _StepCosts(config, native, engine)
-    bar = tqdm(
-        total=train.max_steps, initial=step, desc="train", unit="step", disable=not (context.is_main and config.metrics.progress)
-    )
+    quiet = not (context.is_main and config.metrics.progress)
+    bar = tqdm(total=train.max_steps, initial=step, desc="train", unit="step", disable=quiet)
     tokens_seen = step_tokens = 0
     try:
         tokens_seen = _tokens_before(Path(config.run_dir), step) if context.is_main else 0
@@ -124,7 +137,8 @@ def _loop(
                 record = costs.record(step, result, tokens_seen, timer.lap(), context)
                 writer.write(record)
                 bar.set_postfix(
-                    loss=f"{result.loss:.4f}", norm=f"{result.grad_norm:.3g}",
+                    loss=f"{result.loss:.4f}",
+                    norm=f"{result.grad_norm:.3g}",
                     tok_s_gpu=f"{record['tokens_per_second_per_gpu']:.0f}",
                 )
                 bar.update()
@@ -187,7 +201,8 @@ class _StepCosts:
         self, step: int, result: StepResult, tokens_seen: int, seconds: float, context: ParallelContext
     ) -> dict[str, Any]:
         rate = result.tokens / seconds / context.world_size
-        fields = {key: value for key, value in asdict(result).items() if key not in ("relation_loss_per_layer", "tokens")}
+        fields = asdict(result)
+        del fields["relation_loss_per_layer"], fields["tokens"]
         record: dict[str, Any] = {"step": step, **fields}
         record["lr"] = record.pop("learning_rate")
         record |= {"tokens_seen": tokens_seen, "seconds": seconds, "tokens_per_second_per_gpu": rate}

@@ -35,8 +35,16 @@ def _process(rank: int, world_size: int, rendezvous: str, function: Callable[...
 
 def tiny_model(kind: str, folder: Path, **changes: Any) -> Path:
     """Writes a random model of a few thousand parameters, with weights large enough that attention is not flat."""
-    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
-    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        MistralConfig,
+        MistralForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+    )
 
     classes: dict[str, Any] = {
         "llama": (LlamaConfig, LlamaForCausalLM),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ def _train(cases: list[Case], size: int, model: str, out: str) -> None:
     from linearard import parallel
     from linearard.engine import Engine
     from linearard.models.student import load_model_config
+
+    def keep(engine: Engine, gradients: dict[str, torch.Tensor]) -> None:
+        trainable = ((name, p) for name, p in engine.module.named_parameters() if p.requires_grad)
+        gradients.update({name: safe_get_full_grad(p).clone() for name, p in trainable})
 
     context = parallel.initialize(size)
     for case in cases:
@@ -56,17 +61,7 @@ def _train(cases: list[Case], size: int, model: str, out: str) -> None:
                 for i in range(case.get("accumulation", 1))
             ]
             if step == 0:
-                engine.engine.step = _before_last(
-                    engine.engine.step,
-                    len(micro),
-                    lambda: gradients.update(
-                        {
-                            name: safe_get_full_grad(p).clone()
-                            for name, p in engine.module.named_parameters()  # noqa: B023
-                            if p.requires_grad
-                        }
-                    ),
-                )
+                engine.engine.step = _before_last(engine.engine.step, len(micro), partial(keep, engine, gradients))
             results.append(engine.step(micro, step))
         if context.is_main:
             torch.save({"results": results, "gradients": gradients}, folder / "result.pt")
@@ -115,11 +110,11 @@ WORLDS: dict[tuple[int, int], list[Case]] = {
         _case(3, "lora", "shared", accumulation=2),
         _case(3, "qkv", "replica", checkpointing=False),
     ],
-    (2, 1): [_case(1, "qkv", "replica"), _case(2, "lora", "shared"), _case(3, "lora", "replica"), _case(3, "full", "replica")],
+    (2, 1): [*MATRIX, _case(3, "full", "replica")],
     (2, 2): [*MATRIX, *HEADS, _case(3, "lora", "shared", accumulation=2), _case(2, "full", "replica"),
              _case(3, "lora", "shared", checkpointing=False)],
-    (4, 2): [_case(stage, *MODELS[i]) for i, stage in enumerate((1, 2, 3))] + [HEADS[0]],
-    (4, 4): [*(_case(stage, *MODELS[i]) for i, stage in enumerate((1, 2, 3))), _case(3, "lora", "shared"), *HEADS],
+    (4, 2): [*(_case(stage, *MODELS[i]) for i, stage in enumerate((1, 2, 3))), HEADS[0]],
+    (4, 4): [*MATRIX, *HEADS],
 }  # fmt: skip
 
 

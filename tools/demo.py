@@ -39,12 +39,13 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "runs" / "demo"
 CONFIG = ROOT / "launch" / "demo.yaml"
 MULTIPLE = 8  # the stretch, and the longest evaluation
-SHORT_WINDOWS, LONG_WINDOWS = 256, 24
+SHORT_WINDOWS, LONG_WINDOWS = 128, 12
 
 
 def main() -> int:
     logs.configure()
     os.chdir(ROOT)
+    os.environ["DS_ACCELERATOR"] = "cpu"
     overrides = [f"data.sources.0.path={sysconfig.get_paths()['stdlib']}", *sys.argv[1:]]
     try:
         config = load_config(CONFIG, overrides)
@@ -63,10 +64,13 @@ def main() -> int:
 
 def train(config: Config, overrides: Sequence[str]) -> float:
     """Runs the training job from its start; returns its seconds, start-up included."""
-    print(f"1/3 training: {config.train.max_steps} steps of {config.data.seq_len} tokens x "
-          f"{config.train.gradient_accumulation_steps}, 2 processes", flush=True)
+    print(
+        f"1/3 training: {config.train.max_steps} steps of {config.data.seq_len} tokens x "
+        f"{config.train.gradient_accumulation_steps}, 2 processes",
+        flush=True,
+    )
     shutil.rmtree(config.run_dir, ignore_errors=True)
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(max((os.cpu_count() or 2) // 2, 1))}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max((os.cpu_count() or 2) // 2, 1))}
     start = time.perf_counter()
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
     launcher += ["--master_port", str(_free_port()), "--module", "linearard.train"]
@@ -114,7 +118,10 @@ def compare(config: Config, train_seconds: float) -> dict[str, Any]:
     return report
 
 
-def _score(model: Any, name: str, corpus: Corpus, native: int) -> tuple[evaluation.PositionSums, evaluation.PositionSums]:
+Sums = tuple[evaluation.PositionSums, evaluation.PositionSums]
+
+
+def _score(model: Any, name: str, corpus: Corpus, native: int) -> Sums:
     """Sums at the native length and at MULTIPLE times it."""
     short = evaluation_windows(corpus.held_out, native, SHORT_WINDOWS, allow_short=True)
     long = evaluation_windows(corpus.held_out, native * MULTIPLE, LONG_WINDOWS)

@@ -66,8 +66,13 @@ def export(source: Path, out: Path, *, adapter_only: bool = False, base: str | N
         merged = student.merge_and_unload() if isinstance(student, PeftModel) else student
         merged.save_pretrained(str(out))
     _copy_tokenizer(config, path, out)
-    log.info("wrote %s: step %d, %s, max_position_embeddings %d", out, manifest["step"],
-             student.config.rope_parameters, student.config.max_position_embeddings)
+    log.info(
+        "wrote %s: step %d, %s, max_position_embeddings %d",
+        out,
+        manifest["step"],
+        student.config.rope_parameters,
+        student.config.max_position_embeddings,
+    )
 
 
 def _student(config: Config, folder: Path, path: str, dtype: str) -> Any:

@@ -1,6 +1,6 @@
 """Writes a model of a known shape with random weights: for measuring, where the real weights are not at hand.
 
-    python tools/make_random_model.py OUT [--shape llama2-7b] [--seed 0] [--device cuda]
+python tools/make_random_model.py OUT [--shape llama2-7b] [--seed 0] [--device cuda]
 """
 
 from __future__ import annotations

@@ -177,6 +177,9 @@ def _constants(x: Tensor, segments: Segments | None, tile: Tile) -> dict[str, An
         "SEGMENTS": segments is not None,
         "DOT": dot,
         "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        # A product fused into a difference is rounded on one side only: equal probabilities would not cancel, and
+        # a logit would differ between forward, where it is rounded for the maximum, and backward.
+        "enable_fp_fusion": False,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }

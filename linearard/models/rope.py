@@ -61,7 +61,7 @@ def scaled_config(native: PretrainedConfig, rope_parameters: dict[str, Any], exi
         raise UserError(f"model.rope_parameters.factor: {wanted['factor']!r} is not a number") from None
     if not 1 < factor < math.inf:
         raise UserError(
-            f"model.rope_parameters.factor: {factor} is no stretch: the student would equal its teacher; use more than 1"
+            f"model.rope_parameters.factor: {factor} is no stretch, the student would equal its teacher; use over 1"
         )
     wanted["factor"] = factor
     existing = base.get("rope_type", "default")

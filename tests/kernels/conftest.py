@@ -40,7 +40,9 @@ def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
     def poison(function: Any) -> Any:
         def allocate(*args: Any, **kwargs: Any) -> torch.Tensor:
             tensor = function(*args, **kwargs)
-            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+            if tensor.is_floating_point():
+                tensor.detach().fill_(float("nan"))
+            return tensor
 
         return allocate
 
