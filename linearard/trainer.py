@@ -83,7 +83,7 @@ def _prepare(config: Config, context: ParallelContext) -> Corpus:
     tokenizer_path = config.model.tokenizer or config.model.path
 
     def work() -> Corpus:
-        tokenizer = load_tokenizer(tokenizer_path)
+        tokenizer = load_tokenizer(tokenizer_path, None if config.model.tokenizer else config.model.revision)
         progress = context.is_main and config.metrics.progress
         return prepare(config.data, tokenizer, tokenizer_fingerprint(tokenizer), progress=progress)
 

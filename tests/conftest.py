@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before anything imports triton, which reads it then
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from distributed import tiny_model
 
 torch.set_num_threads(1)

@@ -49,13 +49,15 @@ def export(source: Path, out: Path, *, adapter_only: bool = False, base: str | N
     manifest = checkpoint.read_manifest(folder)
     config = from_dict(manifest["config"])
     path = base or config.model.path
-    if not base and not Path(path).is_dir() and "/" not in path:
-        raise UserError(f"{path}: the base model is not there any more; name its folder with --base")
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out}: is not empty; name a new folder")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: is not an empty folder; name a new one")
     if adapter_only and config.model.trainable != "lora":
         raise UserError(f"--adapter-only: {folder} trained {config.model.trainable}, there is no adapter; leave it out")
-    if checkpoint.base_identity(path)["sha256"] != manifest["base"]["sha256"]:
+    try:
+        identity = checkpoint.base_identity(path, config.model.revision)
+    except UserError as error:
+        raise UserError(f"{error}; if the base model has moved, name its folder with --base") from None
+    if identity["sha256"] != manifest["base"]["sha256"]:
         raise UserError(f"{path}: is not the base model that {folder} was trained from; name it with --base")
     student = _student(config, folder, path, dtype or config.model.precision)
     out.mkdir(parents=True, exist_ok=True)
@@ -76,7 +78,7 @@ def export(source: Path, out: Path, *, adapter_only: bool = False, base: str | N
 
 
 def _student(config: Config, folder: Path, path: str, dtype: str) -> Any:
-    """The trained student on the host; adapters are merged in fp32 by the caller, weights rounded once."""
+    """The trained student on the host, in `dtype`; adapters are not merged yet."""
     native = load_model_config(dataclasses.replace(config.model, path=path))
     scaled = scaled_config(native, config.model.rope_parameters, config.model.existing_rope)
     model: Any = AutoModelForCausalLM.from_pretrained(
@@ -98,7 +100,8 @@ def _student(config: Config, folder: Path, path: str, dtype: str) -> Any:
 
 
 def _copy_tokenizer(config: Config, path: str, out: Path) -> None:
-    load_tokenizer(config.model.tokenizer or path).save_pretrained(str(out))
+    revision = None if config.model.tokenizer else config.model.revision
+    load_tokenizer(config.model.tokenizer or path, revision).save_pretrained(str(out))
     sentencepiece = Path(config.model.tokenizer or path) / "tokenizer.model"
     if sentencepiece.exists() and not (out / "tokenizer.model").exists():
         shutil.copy(sentencepiece, out)

@@ -95,9 +95,7 @@ def attention_kl(
     """
     scale = _check_attention(student_q, student_k, teacher_q, teacher_k, softmax_scale, segment_ids, group)
     module = _choose_backend(backend, student_q)
-    return _AttentionKL.apply(
-        student_q, student_k, teacher_q.detach(), teacher_k.detach(), segment_ids, scale, module
-    )
+    return _AttentionKL.apply(student_q, student_k, teacher_q.detach(), teacher_k.detach(), segment_ids, scale, module)
 
 
 def relation_kl_value_and_grad(
@@ -229,9 +227,7 @@ class _AttentionKL(torch.autograd.Function):
     def backward(ctx: Any, row_grad: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, segment_ids = ctx.saved_tensors[:5]
         operands = Operands(*tensors, self_relation=False)
-        grad_q, grad_k = ctx.module.backward(
-            operands, ctx.softmax_scale, segment_ids, ctx.saved_tensors[5:], row_grad
-        )
+        grad_q, grad_k = ctx.module.backward(operands, ctx.softmax_scale, segment_ids, ctx.saved_tensors[5:], row_grad)
         return grad_q, grad_k, None, None, None, None, None
 
 
@@ -255,9 +251,7 @@ def _choose_backend(backend: str, student: Tensor) -> ModuleType:
             "TRITON_INTERPRET=1 set before triton is imported"
         )
     if student.dtype not in _DTYPES:
-        raise ValueError(
-            f"backend is 'triton', but the inputs are {student.dtype}; it takes {_names(_DTYPES)}"
-        )
+        raise ValueError(f"backend is 'triton', but the inputs are {student.dtype}; it takes {_names(_DTYPES)}")
     return triton_backend
 
 
@@ -303,9 +297,7 @@ def _check_operand(name: str, x: Tensor) -> None:
 
 def _check_like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     if x.shape != other.shape:
-        raise ValueError(
-            f"{name} has shape {tuple(x.shape)}, {other_name} {tuple(other.shape)}; they must be equal"
-        )
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, {other_name} {tuple(other.shape)}; they must be equal")
     _check_type(name, x, other_name, other)
 
 
@@ -316,9 +308,7 @@ def _check_type(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         raise ValueError(f"{name} is on {x.device}, {other_name} on {other.device}; they must be equal")
 
 
-def _check_common(
-    student: Tensor, softmax_scale: float | None, segment_ids: Tensor | None, group: Any
-) -> float:
+def _check_common(student: Tensor, softmax_scale: float | None, segment_ids: Tensor | None, group: Any) -> float:
     """Returns the softmax scale."""
     if group is not None:
         raise NotImplementedError(
@@ -328,9 +318,7 @@ def _check_common(
     if segment_ids is not None:
         expected = (student.shape[0], student.shape[2])
         if tuple(segment_ids.shape) != expected:
-            raise ValueError(
-                f"segment_ids has shape {tuple(segment_ids.shape)}; it must be [B, T] = {list(expected)}"
-            )
+            raise ValueError(f"segment_ids has shape {tuple(segment_ids.shape)}; it must be [B, T] = {list(expected)}")
         if segment_ids.is_floating_point() or segment_ids.is_complex() or segment_ids.dtype == torch.bool:
             raise ValueError(f"segment_ids is {segment_ids.dtype}; it must be an integer type")
         if segment_ids.device != student.device:
@@ -349,8 +337,7 @@ def _check_row_grad(row_grad: Tensor, student: Tensor) -> None:
         )
     if not row_grad.is_floating_point() or row_grad.device != student.device:
         raise ValueError(
-            f"row_grad is {row_grad.dtype} on {row_grad.device}; it must be floating point on "
-            f"{student.device}"
+            f"row_grad is {row_grad.dtype} on {row_grad.device}; it must be floating point on {student.device}"
         )
 
 

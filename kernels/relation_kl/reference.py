@@ -29,9 +29,7 @@ def relation_kl(
     Returns:
         [B, H, T] in the inputs' dtype, nats.
     """
-    return attention_kl(
-        student, student, teacher, teacher, softmax_scale=softmax_scale, segment_ids=segment_ids
-    )
+    return attention_kl(student, student, teacher, teacher, softmax_scale=softmax_scale, segment_ids=segment_ids)
 
 
 def attention_kl(

@@ -40,9 +40,7 @@ class _Block(NamedTuple):
     heads: slice  # of the Hkv key heads
 
 
-def forward(
-    operands: Operands, softmax_scale: float, segment_ids: Tensor | None
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+def forward(operands: Operands, softmax_scale: float, segment_ids: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Rows [B, H, T], and the statistics that backward wants: none, a chunk makes its own."""
     rows, _, _ = _visit(operands, softmax_scale, segment_ids, None, want_value=True)
     assert rows is not None
@@ -216,9 +214,7 @@ def _blocks(q: Tensor, key_heads: int, segment_ids: Tensor | None) -> Iterator[_
             yield _Block(rows[cut], tokens[cut], part, head_range)
 
 
-def _cut(
-    sequences: int, length: int, heads: int, key_heads: int, budget: int
-) -> Iterator[tuple[slice, slice]]:
+def _cut(sequences: int, length: int, heads: int, key_heads: int, budget: int) -> Iterator[tuple[slice, slice]]:
     """Ranges of sequences and of key heads, as many at once as the budget allows, one at least."""
     fit = max(1, budget // (heads // key_heads * min(_ROWS, length) * length))
     head_step = min(fit, key_heads)

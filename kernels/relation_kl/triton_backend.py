@@ -25,9 +25,7 @@ _LOG2_E = 1.4426950408889634
 _DOT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def forward(
-    operands: Operands, softmax_scale: float, segment_ids: Tensor | None
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+def forward(operands: Operands, softmax_scale: float, segment_ids: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Rows [B, H, T], and what backward wants.
 
     That is the maximum of each row's logits, of student and of teacher, in units of log 2; 1 / sum of its

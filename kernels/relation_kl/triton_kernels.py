@@ -19,9 +19,7 @@ _LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _load_tokens(
-    base, tokens, live, strides, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr
-):
+def _load_tokens(base, tokens, live, strides, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr):
     """[tokens, BLOCK_D]; 0 where not live, so that padding may hold anything, and beyond HEAD_DIM."""
     channels = tl.arange(0, BLOCK_D)
     pointers = base + tokens.to(tl.int64)[:, None] * strides[2] + channels[None, :] * strides[3]
@@ -39,9 +37,7 @@ def _names(segments, tokens, seq_len, SEGMENTS: tl.constexpr):
 
 
 @triton.jit
-def _bounds(
-    bounds, index, start, seq_len, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SEGMENTS: tl.constexpr
-):
+def _bounds(bounds, index, start, seq_len, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SEGMENTS: tl.constexpr):
     """(lo, lo_full, end, hi_full, hi) of `segments.tile_bounds`; end = start for a tile of padding."""
     end = tl.minimum(start + BLOCK_M, seq_len)
     if SEGMENTS:
@@ -101,9 +97,7 @@ def forward_kernel(
             first, last = start, end
         for key_start in range(first, last, BLOCK_N):
             keys = key_start + tl.arange(0, BLOCK_N)
-            key_names = (
-                tl.zeros([BLOCK_N], tl.int32) if part == 1 else _names(segments, keys, seq_len, SEGMENTS)
-            )
+            key_names = tl.zeros([BLOCK_N], tl.int32) if part == 1 else _names(segments, keys, seq_len, SEGMENTS)
             y_s = _load_tokens(k_s, keys, key_names >= 0, k_s_strides, HEAD_DIM, BLOCK_D, DOT)
             y_t = _load_tokens(k_t, keys, key_names >= 0, k_t_strides, HEAD_DIM, BLOCK_D, DOT)
             s = tl.dot(x_s, tl.trans(y_s), input_precision=PRECISION) * log2_scale
@@ -166,9 +160,7 @@ def backward_kernel(
     segments += batch * seq_len
     row_names = _names(segments, rows, seq_len, SEGMENTS)
     live = row_names >= 0
-    lo, lo_full, end, hi_full, hi = _bounds(
-        bounds, batch * tiles + tile, start, seq_len, BLOCK_M, BLOCK_N, SEGMENTS
-    )
+    lo, lo_full, end, hi_full, hi = _bounds(bounds, batch * tiles + tile, start, seq_len, BLOCK_M, BLOCK_N, SEGMENTS)
 
     x_s += batch * x_s_strides[0] + head * x_s_strides[1]
     x_t += batch * x_t_strides[0] + head * x_t_strides[1]
@@ -196,9 +188,7 @@ def backward_kernel(
                 first, last = start, end
             for key_start in range(first, last, BLOCK_N):
                 keys = key_start + tl.arange(0, BLOCK_N)
-                names = (
-                    tl.zeros([BLOCK_N], tl.int32) if part == 1 else _names(segments, keys, seq_len, SEGMENTS)
-                )
+                names = tl.zeros([BLOCK_N], tl.int32) if part == 1 else _names(segments, keys, seq_len, SEGMENTS)
                 other_s = _load_tokens(k_s, keys, names >= 0, y_s_strides, HEAD_DIM, BLOCK_D, DOT)
                 other_t = _load_tokens(k_t, keys, names >= 0, y_t_strides, HEAD_DIM, BLOCK_D, DOT)
                 s = tl.dot(own_s, tl.trans(other_s), input_precision=PRECISION) * log2_scale
@@ -227,11 +217,7 @@ def backward_kernel(
                     first, last = hi_full, hi
                 for query_start in range(first, last, BLOCK_N):
                     queries = query_start + tl.arange(0, BLOCK_N)
-                    names = (
-                        tl.zeros([BLOCK_N], tl.int32)
-                        if part == 1
-                        else _names(segments, queries, seq_len, SEGMENTS)
-                    )
+                    names = tl.zeros([BLOCK_N], tl.int32) if part == 1 else _names(segments, queries, seq_len, SEGMENTS)
                     other_s = _load_tokens(q_s, queries, names >= 0, y_s_strides, HEAD_DIM, BLOCK_D, DOT)
                     other_t = _load_tokens(q_t, queries, names >= 0, y_t_strides, HEAD_DIM, BLOCK_D, DOT)
                     others = statistics + queries

@@ -19,12 +19,8 @@ SEGMENTS = ["none", "left", "right", "all_masked", "one_key", "windows", "docume
 
 @pytest.mark.parametrize("segments", SEGMENTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("seq_len", "head_dim"), [(1, 8), (2, 24), (41, 24), (129, 64), (129, 256), (401, 96)]
-)
-def test_torch_backend(
-    seq_len: int, head_dim: int, dtype: torch.dtype, segments: str, device: torch.device
-) -> None:
+@pytest.mark.parametrize(("seq_len", "head_dim"), [(1, 8), (2, 24), (41, 24), (129, 64), (129, 256), (401, 96)])
+def test_torch_backend(seq_len: int, head_dim: int, dtype: torch.dtype, segments: str, device: torch.device) -> None:
     check(make_case(2, 2, seq_len, head_dim, dtype, segments, device=device), "torch")
     check(make_case(2, 4, seq_len, head_dim, dtype, segments, key_heads=2, device=device), "torch")
 
@@ -46,9 +42,7 @@ def test_triton_segments(segments: str, device: torch.device) -> None:
         (401, 128, "none"),
     ],
 )
-def test_triton_shapes(
-    seq_len: int, head_dim: int, segments: str, dtype: torch.dtype, device: torch.device
-) -> None:
+def test_triton_shapes(seq_len: int, head_dim: int, segments: str, dtype: torch.dtype, device: torch.device) -> None:
     check(make_case(1, 1, seq_len, head_dim, dtype, segments, device=device), "triton")
     if seq_len < 100:
         check(make_case(1, 4, seq_len, head_dim, dtype, segments, key_heads=2, device=device), "triton")
@@ -154,9 +148,7 @@ def test_one_tensor_as_query_and_key(backend: str, device: torch.device) -> None
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("key_heads", [None, 1])
-def test_value_and_grad_is_forward_and_backward(
-    backend: str, key_heads: int | None, device: torch.device
-) -> None:
+def test_value_and_grad_is_forward_and_backward(backend: str, key_heads: int | None, device: torch.device) -> None:
     case = make_case(2, 2, 41, 24, torch.bfloat16, "documents", key_heads=key_heads, device=device)
     wanted = evaluate(case, backend)
     options = {"segment_ids": case.segment_ids, "backend": backend}
@@ -226,9 +218,7 @@ class _LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_memory_is_linear_in_the_sequence(
-    backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_is_linear_in_the_sequence(backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     # One sequence at a time, so that what is measured is the least a sequence needs.
     monkeypatch.setattr(torch_backend, "_CPU_LOGITS", 1)
     monkeypatch.setattr(torch_backend, "_GPU_LOGITS", 1)

@@ -51,9 +51,7 @@ def test_cut_into_windows() -> None:
 
 
 @pytest.mark.parametrize("block_m,block_n", [(8, 8), (16, 4), (64, 32)])
-@pytest.mark.parametrize(
-    "kind", ["left", "right", "all_masked", "one_key", "windows", "documents", "scattered"]
-)
+@pytest.mark.parametrize("kind", ["left", "right", "all_masked", "one_key", "windows", "documents", "scattered"])
 @pytest.mark.parametrize("seq_len", [1, 41, 129])
 def test_tile_bounds(kind: str, seq_len: int, block_m: int, block_n: int) -> None:
     """Every pair to be seen is visited, on both sides, and where no mask is applied none is needed."""
