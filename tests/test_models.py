@@ -137,7 +137,7 @@ def _engine_steps(cases: dict[str, Case], models: dict[str, str], out: str) -> N
             micro = [{key: value[i : i + size] for key, value in whole.items()} for i in range(0, 2, size)]
             if number_of_step == 1:
                 saved["weights"] = {key: safe_get_full_fp32_param(p).clone() for key, p in trained.items()}
-                engine.engine.step = partial(_keep_gradients, step_of_deepspeed, trained, saved)
+                engine.engine.step = partial(_keep_gradients, engine.engine, step_of_deepspeed, trained, saved)
             saved["result"] = engine.step(micro, number_of_step)
         if name == BF16:
             saved["rotary"] = engine.rope._forward(torch.zeros(1, dtype=torch.bfloat16), torch.arange(4096)[None])
@@ -147,12 +147,12 @@ def _engine_steps(cases: dict[str, Case], models: dict[str, str], out: str) -> N
         torch.save(saved, folder / "saved.pt")
 
 
-def _keep_gradients(step: Any, trained: dict[str, nn.Parameter], saved: dict[str, Any]) -> None:
-    """DeepSpeed's step; those of the last call, which moves the weights, are what remains saved."""
+def _keep_gradients(deepspeed: Any, step: Any, trained: dict[str, nn.Parameter], saved: dict[str, Any]) -> None:
+    """DeepSpeed's step; before the one that moves the weights the gradients are saved."""
     from deepspeed.utils import safe_get_full_grad
 
-    gradients = {key: safe_get_full_grad(p) for key, p in trained.items()}
-    saved["gradients"] = {key: None if gradient is None else gradient.clone() for key, gradient in gradients.items()}
+    if deepspeed.is_gradient_accumulation_boundary():
+        saved["gradients"] = {key: safe_get_full_grad(p).clone() for key, p in trained.items()}
     step()
 
 
@@ -355,7 +355,7 @@ def test_a_step_is_the_dense_fp64_step(name: str, stepped: Stepped) -> None:
     for relation, values in expected["per_layer"].items():
         assert found.relation_loss_per_layer[relation] == pytest.approx(values, rel=1e-5)
         assert found.relation_loss[relation] == pytest.approx(sum(values) / len(values), rel=1e-5)
-        assert min(values) > 1e-3  # the case says something: the student has left the teacher
+        assert min(values) > 1e-4  # the case says something: the student has left the teacher
     for value, term in ((found.next_token_loss, "next_token"), (found.logits_kl, "logits_kl")):
         if objective[term]:
             assert value == pytest.approx(expected[term], rel=1e-5)
@@ -383,7 +383,7 @@ def test_which_parameters_are_trained(stepped: Stepped) -> None:
         f"{p}_proj.{kind}" for p in "qkv" for kind in ("weight", "bias")
     }
     everything = stepped["qwen3, own head size, q/k norms, everything trained"]
-    assert len(everything[2]["trained"]) == 2 + 2 * 11 + 1 - 0  # embeddings and head, layers, last norm
+    assert len(everything[2]["trained"]) == 2 + 2 * 11 + 1  # embeddings and head, layers, last norm
 
 
 def test_a_step_in_bf16_is_near_the_fp64_step(stepped: Stepped) -> None:

@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "runs" / "demo"
 CONFIG = ROOT / "launch" / "demo.yaml"
 MULTIPLE = 8  # the stretch, and the longest evaluation
-SHORT_WINDOWS, LONG_WINDOWS = 128, 12
+SHORT_WINDOWS, LONG_WINDOWS = 256, 16
 
 
 def main() -> int:
