@@ -62,7 +62,7 @@ def run(config: Config, native: PretrainedConfig, context: ParallelContext) -> N
         config.data.seq_len,
         100 * dataset.padding_fraction,
     )
-    base = context.main_first(lambda: _base_identity(config, run_dir))
+    base = context.main_first(lambda: _base_identity(config, run_dir, context.is_main))
     resume_from = checkpoint.newest(run_dir) if config.train.resume else None
     if resume_from is not None:
         checkpoint.check_resumable(resume_from, config, context, base)
@@ -90,21 +90,23 @@ def _prepare(config: Config, context: ParallelContext) -> Corpus:
     return context.main_first(work)
 
 
-def _base_identity(config: Config, run_dir: Path) -> dict[str, str]:
-    """The base's hash; read once a run and kept in run_dir/base.json."""
+def _base_identity(config: Config, run_dir: Path, write: bool) -> dict[str, str]:
+    """The base's hash; kept in run_dir/base.json for as long as the model's files stay as they are."""
     file = run_dir / "base.json"
     folder = Path(config.model.path)
-    newest = max((f.stat().st_mtime for f in folder.iterdir()), default=0.0) if folder.is_dir() else 0.0
-    if file.exists() and file.stat().st_mtime > newest:
+    status = [(f.name, f.stat()) for f in sorted(folder.iterdir())] if folder.is_dir() else []
+    stamp = [config.model.revision, *([name, s.st_size, s.st_mtime_ns] for name, s in status)]
+    if file.exists():
         stored = json.loads(file.read_text())
-        if stored["path"] == config.model.path:
-            return stored
+        if stored["path"] == config.model.path and stored.get("stamp") == stamp:
+            return {"path": stored["path"], "sha256": stored["sha256"]}
     identity = checkpoint.base_identity(config.model.path, config.model.revision)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(identity))
-    except OSError as error:
-        raise UserError(f"run_dir: {run_dir} cannot be written ({error}); name a folder that can") from None
+    if write:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps({**identity, "stamp": stamp}))
+        except OSError as error:
+            raise UserError(f"run_dir: {run_dir} cannot be written ({error}); name a folder that can") from None
     return identity
 
 

@@ -143,7 +143,7 @@ def test_mistakes_that_are_found_when_the_run_starts(
         ([base("wordless", **no_tokenizer)], "tokenizer "),
         ([f"data.sources.0.path={short}"], "tokens to train on"),
         (["data.seq_len=8192"], "one sequence needs data.seq_len 8,192; add text or shorten data.seq_len"),
-        ([f"data.sources.0.path={texts}", "data.sources.0.include=[\"*.rst\"]"], "set include, exclude or format"),
+        ([f"data.sources.0.path={texts}", 'data.sources.0.include=["*.rst"]'], "set include, exclude or format"),
         ([f"run_dir={tmp_path / 'occupied'}"], "occupied cannot be written"),
         (["parallel.sequence_parallel_size=2"], "2 does not divide the 1 started processes; start a multiple"),
         (["model.lora.target_modules=[q_proj, query]"], "model.lora.target_modules: the model has no module named qu"),

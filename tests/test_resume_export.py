@@ -218,7 +218,7 @@ def one(tmp_path_factory: pytest.TempPathFactory, materials: tuple[Path, Path], 
     return _runs(1, tmp_path_factory.mktemp("one"), materials, str(two.folder))
 
 
-@pytest.fixture(params=["two", "one"], ids=["2 ranks, P 2", "1 rank"])
+@pytest.fixture(params=["two", "one"], ids=["two-ranks", "one-rank"])
 def runs(request: pytest.FixtureRequest) -> Runs:
     return request.getfixturevalue(request.param)
 
@@ -338,6 +338,24 @@ def test_tensorboard_and_the_resolved_configuration_are_written(one: Runs) -> No
 
     assert list((one.folder / "hub" / "tensorboard").glob("events.*"))
     assert load_config(one.folder / "hub" / "config.yaml").model.revision == "v1"
+
+
+def test_a_base_that_was_exchanged_is_noticed(materials: tuple[Path, Path], tmp_path: Path) -> None:
+    """Also where the files that took its place are older than the run: `mv model old; mv other model`."""
+    from linearard import checkpoint, trainer
+
+    model, texts = materials
+    place, run_dir = tmp_path / "place", tmp_path / "run"
+    shutil.copytree(model, place)
+    config = _config(str(place), texts, run_dir)
+    first = trainer._base_identity(config, run_dir, True)
+    assert first == trainer._base_identity(config, run_dir, False) == checkpoint.base_identity(str(place))
+    place.rename(tmp_path / "old")
+    shutil.copytree(model.with_name("other"), place)
+    for path in place.iterdir():
+        os.utime(path, (1e9, 1e9))
+    assert trainer._base_identity(config, run_dir, False)["sha256"] == checkpoint.base_identity(str(place))["sha256"]
+    assert checkpoint.base_identity(str(place))["sha256"] != first["sha256"]
 
 
 # ------------------------------------------------------------------------------------------------ export
@@ -479,9 +497,7 @@ def _slow_evaluation(model: Any, texts: Path, length: int, allow_short: bool) ->
     }
 
 
-def test_the_evaluation_is_that_of_the_export(
-    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_evaluation_is_that_of_the_export(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert _export(monkeypatch, runs.folder / "killed", tmp_path / "out") == 0
     student = _load(tmp_path / "out")
     scores = runs.records("killed")[-1]["evaluation"]

@@ -86,7 +86,7 @@ def _student(config: Config, folder: Path, path: str, dtype: str) -> Any:
     )
     if config.model.trainable == "lora":
         model = get_peft_model(model, peft_config(config.model.lora), autocast_adapter_dtype=False)
-    trained = get_fp32_state_dict_from_zero_checkpoint(
+    trained: Any = get_fp32_state_dict_from_zero_checkpoint(
         str(folder.parent), tag=folder.name, exclude_frozen_parameters=True
     )
     parameters = dict(model.named_parameters(remove_duplicate=False))  # tied weights go by both names

@@ -82,7 +82,7 @@ def load_model(config: Config, model_config: PretrainedConfig) -> nn.Module:
     """
     model_config = copy.deepcopy(model_config)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             config.model.path,
             revision=config.model.revision,
             config=model_config,
@@ -101,6 +101,7 @@ def load_model(config: Config, model_config: PretrainedConfig) -> nn.Module:
                 "that belongs to the other"
             ) from None
         raise
+    model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:  # transformers fills them with random numbers and only warns
         raise UserError(
