@@ -63,14 +63,14 @@ def attention_forward(
         raise UserError("model.path: attention with soft-capped logits or sinks is not supported")
     if dropout:
         raise UserError("model.path: attention_dropout must be 0 in the model's config.json")
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scale: float = query.shape[-1] ** -0.5 if scaling is None else scaling
     observer, layer = attention_pass.observer, int(getattr(module, "layer_idx"))  # noqa: B009
     if observer is not None and attention_pass.observe_shards:
-        query, key, value = observer(layer, query, key, value, scaling)
+        query, key, value = observer(layer, query, key, value, scale)
         observer = None
     if attention_pass.ulysses is None:
         return attention_core(
-            module, query, key, value, None, segments=attention_pass.segments, observer=observer, scaling=scaling
+            module, query, key, value, None, segments=attention_pass.segments, observer=observer, scaling=scale
         )
     return attention_pass.ulysses(
         module,
@@ -80,7 +80,7 @@ def attention_forward(
         None,
         segments=attention_pass.segments,
         observer=observer,
-        scaling=scaling,
+        scaling=scale,
         position_ids=kwargs["position_ids"],
     )
 
@@ -169,7 +169,8 @@ def _varlen(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    return varlen_attn(query, key, value, borders, borders, longest, longest, scale=scaling, **causal)
+    out: Any = varlen_attn(query, key, value, borders, borders, longest, longest, scale=scaling, **causal)
+    return out
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:

@@ -216,7 +216,8 @@ class Engine:
             engine, *_ = deepspeed.initialize(
                 model=module, config=copy.deepcopy(ds_config), mpu=parallel.mpu(self.context), dist_init_required=False
             )
-            return Teacher(engine.module, self._ulysses, None)
+            inference: Any = engine
+            return Teacher(inference.module, self._ulysses, None)
         return Teacher(module.to(self.context.device), self._ulysses, None)
 
     def _set_learning_rate(self, step: int) -> float:

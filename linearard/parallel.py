@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import deepspeed
 import torch
@@ -95,7 +95,7 @@ def initialize(sequence_parallel_size: int, timeout: timedelta = timedelta(minut
         # A plain `python -m`: one process. DeepSpeed would look for an MPI launcher and fail there.
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    accelerator = get_accelerator()
+    accelerator: Any = get_accelerator()
     if accelerator.device_name() == "cpu":
         # Only inference_all_reduce uses this op; building it takes 40 s and needs ninja.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -121,7 +121,7 @@ def initialize(sequence_parallel_size: int, timeout: timedelta = timedelta(minut
     if accelerator.device_name() != "cpu":
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(local_rank))
-    group = None
+    group: Any = None
     if sequence_parallel_size > 1:
         parallel_state_sp.initialize_sequence_parallel(sequence_parallel_size)
         group = parallel_state_sp.get_sequence_parallel_group()
@@ -161,7 +161,7 @@ def ulysses(
         attn_head_size=getattr(model_config, "head_dim", None) or model_config.hidden_size // heads,
         kv_head_count=model_config.num_key_value_heads,
         num_hidden_layers=model_config.num_hidden_layers,
-        process_group=context.sequence_parallel_group,
+        process_group=cast(Any, context.sequence_parallel_group),
         seq_length_is_variable=True,
     )
 

@@ -131,6 +131,12 @@ def _loop(
         timer = metrics.StepTimer(context.device)
         while step < train.max_steps:
             batches = [stream.next_batch() for _ in range(train.gradient_accumulation_steps)]
+            largest = max(int(batch["input_ids"].max()) for batch in batches)
+            if largest >= native.vocab_size:
+                raise UserError(
+                    f"model.tokenizer: token {largest} is beyond the model's vocabulary of {native.vocab_size}; "
+                    "use the model's own tokenizer"
+                )
             result = engine.step(batches, step)
             step += 1
             step_tokens = result.tokens
