@@ -63,6 +63,7 @@ class ObjectiveConfig:
          + next_token * mean next-token cross-entropy           (natural log, nats)
     """
 
+    # Replaces these as a whole: a relation that is not named is off.
     relations: dict[str, float] = field(default_factory=lambda: {"qq": 1.0, "kk": 1.0, "vv": 1.0})
     logits_kl: float = 0.0
     next_token: float = 0.0
@@ -128,7 +129,7 @@ class TrainConfig:
     seed: int = 0
     save_every: int = 50  # optimizer steps; the last step is always saved
     keep_checkpoints: int = 2
-    resume: bool = True  # go on from the newest checkpoint in run_dir/checkpoints
+    resume: bool = True  # go on from the newest checkpoint in run_dir/checkpoints; false: refuse to, if there is one
 
 
 @dataclass(frozen=True)
@@ -289,6 +290,11 @@ def check(config: Config) -> None:
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(train, name) < 1:
             raise UserError(f"train.{name}: {getattr(train, name)} is not in [0, 1)")
+    if train.warmup_steps >= train.max_steps:
+        raise UserError(
+            f"train.warmup_steps: {train.warmup_steps} leaves no step of train.max_steps {train.max_steps} at the full "
+            "learning rate; use fewer"
+        )
     _at_least("evaluation.every", config.evaluation.every, 0)
     _at_least("evaluation.max_windows", config.evaluation.max_windows, 1)
     if any(multiple < 1 for multiple in config.evaluation.multiples):

@@ -63,7 +63,11 @@ def run(config: Config, native: PretrainedConfig, context: ParallelContext) -> N
         100 * dataset.padding_fraction,
     )
     base = context.main_first(lambda: _base_identity(config, run_dir, context.is_main))
-    resume_from = checkpoint.newest(run_dir) if config.train.resume else None
+    resume_from = checkpoint.newest(run_dir)
+    if resume_from is not None and not config.train.resume:
+        raise UserError(
+            f"train.resume: false, but {resume_from} is there; use another run_dir, or move its checkpoints away"
+        )
     if resume_from is not None:
         checkpoint.check_resumable(resume_from, config, context, base)
     elif context.is_main:

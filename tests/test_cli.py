@@ -131,6 +131,8 @@ def test_mistakes_that_are_found_when_the_run_starts(
         return f"model.path={folder}"
 
     weights = (model / "model.safetensors").read_bytes()
+    pickled = base("pickled", model_safetensors=None)
+    (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"no weights")
     short = tmp_path / "short"
     short.mkdir()
     (short / "a.txt").write_text("w1 w2 w3 w4 w5")
@@ -139,6 +141,7 @@ def test_mistakes_that_are_found_when_the_run_starts(
     for arguments, expected in (
         ([base("truncated", model_safetensors=weights[: len(weights) // 2])], "model.path: "),
         ([base("scrambled", model_safetensors=b"not tensors at all")], "unreadable weights"),
+        ([pickled], "model.path: "),
         ([base("gone", model_safetensors=None)], "model.path: "),
         ([base("wordless", **no_tokenizer)], "tokenizer "),
         ([f"data.sources.0.path={short}"], "tokens to train on"),

@@ -217,6 +217,7 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     ({"train.gradient_accumulation_steps": 0}, r"^train\.gradient_accumulation_steps: 0"),
     ({"train.keep_checkpoints": 0}, r"^train\.keep_checkpoints: 0"),
     ({"train.learning_rate": 0}, r"^train\.learning_rate: 0\.0 must be above 0"),
+    ({"train.warmup_steps": 10}, r"^train\.warmup_steps: 10 leaves no step of train\.max_steps 10"),
     ({"train.min_lr_ratio": 1.5}, r"^train\.min_lr_ratio: 1\.5 is not in"),
     ({"train.gradient_clipping": -1}, r"^train\.gradient_clipping: -1"),
     ({"train.adam_beta1": 1.0}, r"^train\.adam_beta1: 1\.0 is not in"),

@@ -139,6 +139,7 @@ def _resume(size: int, model: str, texts: str, out: str, two_ranks: str) -> None
     ask("again", _config(model, Path(texts), whole, **sections))
     ask("moved", _config(str(Path(model).with_name("moved")), Path(texts), whole, **sections))
     ask("rate", _config(model, Path(texts), whole, train={"learning_rate": 2e-2}, **sections))
+    ask("afresh", _config(model, Path(texts), whole, train={"resume": False}, **sections))
     ask("rope", _config(model, Path(texts), whole, model={"rope_parameters": {"rope_type": "linear", "factor": 4.0}}))
     ask("base", _config(str(Path(model).with_name("other")), Path(texts), whole, **sections))
     if two_ranks:
@@ -292,6 +293,7 @@ def test_another_run_is_not_resumed(runs: Runs) -> None:
     messages = runs.messages
     assert all("\n" not in message for message in messages.values() if message)
     assert messages["rate"].startswith("train.learning_rate: 0.02 here, 0.01 in ")
+    assert messages["afresh"].startswith("train.resume: false, but ") and "use another run_dir" in messages["afresh"]
     assert messages["base"].startswith("model.path: ") and "is not the model that" in messages["base"]
     assert messages["base"].endswith("restore it or use another run_dir")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def load_model(config: Config, model_config: PretrainedConfig) -> nn.Module:
             attn_implementation=ATTENTION,
             output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, IndexError, pickle.UnpicklingError) as error:  # the last ones: damaged .bin
         raise UserError(f"model.path: {config.model.path}: cannot be loaded: {_first_line(error)}") from None
     except Exception as error:  # safetensors raises its own error class for a truncated file
         if type(error).__module__.startswith("safetensors"):
