@@ -90,7 +90,6 @@ class MicroBatch:
         relation_segment_ids: int32 on the device, [B, N] if local_windows, else [B, T].
         relation_rows: valid rows of the relations in this rank's shard, for one head.
         label_count: next-token labels in this rank's shard.
-        token_count: tokens that are not padding in this rank's shard.
     """
 
     input_ids: torch.Tensor
@@ -104,10 +103,6 @@ class MicroBatch:
     relation_segment_ids: torch.Tensor
     relation_rows: int
     label_count: int
-
-    @property
-    def token_count(self) -> int:
-        return self.relation_rows
 
 
 def shards_hold_windows(seq_len: int, window: int, context: ParallelContext) -> bool:

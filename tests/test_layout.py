@@ -111,7 +111,7 @@ def test_the_shards_of_a_cut_batch_join_to_the_whole(size: int, window: int, loc
     positions = torch.empty_like(whole["input_ids"])
     for row, start, end in _slow_runs(pieces):
         positions[row, start:end] = torch.arange(end - start)
-    assert sum(c.relation_rows for c in cuts) == sum(c.token_count for c in cuts) == int((pieces >= 0).sum())
+    assert sum(c.relation_rows for c in cuts) == int((pieces >= 0).sum())
     assert sum(c.label_count for c in cuts) == int((whole["labels"] >= 0).sum())
     for rank, found in enumerate(cuts):
         shard = slice(rank * SEQ_LEN // size, (rank + 1) * SEQ_LEN // size)
