@@ -42,11 +42,14 @@ def relation_kl(
         softmax_scale: factor of the logits; D**-0.5 by default.
         segment_ids: integer [B, T]: a row sees the keys with its own id, at or before it. Rows with a
             negative id are padding: they give 0, get a gradient of 0 and take no part, whatever they hold.
-            None = one segment. The tokens of a segment need not be neighbours, but then the Triton backend
-            still visits the tiles between its first and its last.
+            None = one segment. The tokens of a segment need not be neighbours, nor the ids in order, but only
+            where ids rise or fall along the sequence does the Triton backend visit no tile in vain.
         group: reserved for a process group over which the sequence is sharded; must be None.
         backend: "triton" (CUDA, or CPU under TRITON_INTERPRET=1), "torch" (any device; reads segment_ids on
-            the host) or "auto": triton on CUDA where it can be imported, else torch.
+            the host) or "auto": triton on CUDA where it can be imported, else torch. On Hopper GPUs 16-bit
+            inputs of up to 128 channels have kernels of their own, whose gradients differ in the last bits from run
+            to run, unless `torch.use_deterministic_algorithms(True)` is set; inputs that TMA cannot read (see
+            README.md) take the general, slower ones.
 
     Returns:
         [B, H, T], float32 (float64 for float64 inputs), nats, >= 0 up to rounding. It takes any upstream

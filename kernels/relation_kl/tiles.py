@@ -23,6 +23,32 @@ class Tiles:
     backward: Tile
 
 
+# Rows a program of the Hopper kernels.
+HOPPER_ROWS = 128
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The shapes of the Hopper kernels: HOPPER_ROWS rows a program against block_n keys at a time.
+
+    Vectors are padded to block_d channels; logits are taken over the first block_k of them. `slots` is the number of
+    buffers of keys, the student's and the teacher's counted singly, in the forward kernel.
+    """
+
+    block_n: int
+    block_d: int
+    block_k: int
+    slots: int
+
+
+# Channels up to which it serves -> pipeline. 128 channels take 224 KiB of shared memory, of 227 that a block can have.
+_PIPELINES = {
+    64: Pipeline(128, 64, 64, 8),
+    80: Pipeline(128, 128, 80, 5),
+    96: Pipeline(128, 128, 96, 5),
+    128: Pipeline(128, 128, 128, 5),
+}
+
 # (architecture as CUDA spells it, bytes of a token's padded vector) -> tiles
 _TILES = {
     # 8 to 64 channels in 16 bit
@@ -68,3 +94,16 @@ def pick_tiles(architecture: str, head_dim: int, element_size: int) -> Tiles:
         if known is not None:
             return known
     return _SAFE[max(token_bytes, 256)]
+
+
+def pick_pipeline(architecture: str, head_dim: int, element_size: int) -> Pipeline | None:
+    """The Hopper kernels' shapes, or None where they do not run: other GPUs, fp32, more than 128 channels.
+
+    Args:
+        architecture: as for `pick_tiles`.
+        head_dim: D, before padding.
+        element_size: bytes of one element, 2 or 4.
+    """
+    if architecture != "sm_90" or element_size != 2:
+        return None
+    return next((pipeline for most, pipeline in _PIPELINES.items() if head_dim <= most), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -12,56 +13,102 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from .segments import Segments, locate_segments, tile_bounds
-from .tiles import Tile, Tiles, pad_head_dim, pick_tiles
+from .segment_kernels import tile_bounds
+from .tiles import HOPPER_ROWS, Pipeline, Tile, Tiles, pad_head_dim, pick_pipeline, pick_tiles
 from .torch_backend import Operands
-from .triton_kernels import backward_kernel, forward_kernel
+from .triton_kernels import backward_kernel, forward_again_kernel, forward_kernel
 
 # TRITON_INTERPRET is read where a kernel is defined: for Triton's own functions, when triton is imported. Set in
 # between, it would interpret our kernels and not those.
 INTERPRETING = isinstance(forward_kernel, InterpretedFunction) and isinstance(tl.sum, InterpretedFunction)
 
+# The Hopper kernels are written in Gluon as Triton has it from 3.6 on.
+_HAS_GLUON = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
+# fp16 loses weights below 6e-8; they are 2 at most, and its largest number is 65504.
+_BOOST = 2.0**14
+# Programs that look for flagged row tiles, of which there is none as a rule: about two a multiprocessor.
+_PROGRAMS_AGAIN = 264
 _LOG2_E = 1.4426950408889634
 _DOT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def forward(operands: Operands, softmax_scale: float, segment_ids: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Rows [B, H, T], and what backward wants.
+    """Rows [B, H, T], and what backward wants, float32 [B, H, T] each.
 
-    That is the maximum of each row's logits, of student and of teacher, in units of log 2; 1 / sum of its
-    exponentials, of both; all float32 [B, H, T]; then the segments' reach.
+    From the general kernels that is the maximum of each row's logits, of student and of teacher, in units of log 2,
+    and 1 / sum of the exponentials, of both; from the Hopper ones see `triton_kernels.relative_sum`, of both.
     """
     q, k = operands.student_q, operands.student_k
     batch, heads, seq_len, _ = q.shape
+    names = _names(segment_ids)
+    pipeline = _pipeline(operands)
+    if pipeline is not None:
+        from . import hopper_backend
+
+        segments = _segments(names, HOPPER_ROWS, pipeline.block_n)
+        with _on(q):
+            kl, sum_s, sum_t, flags = hopper_backend.forward(operands, softmax_scale, pipeline, segments)
+        forward_again(operands, softmax_scale, segments, flags, kl, sum_s, sum_t)
+        return kl, (sum_s, sum_t)
+
     tile = _tiles(q).forward
-    segments = None if segment_ids is None else locate_segments(segment_ids)
-    kl, max_s, max_t, inverse_s, inverse_t = (
-        torch.empty(batch, heads, seq_len, dtype=torch.float32, device=q.device) for _ in range(5)
-    )
+    segments = _segments(names, tile.block_m, tile.block_n)
+    kl, *statistics = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(5))
+    launch: Any = forward_kernel[(triton.cdiv(seq_len, tile.block_m) * batch * heads,)]
     with _on(q):
-        forward_kernel[(triton.cdiv(seq_len, tile.block_m) * batch * heads,)](
-            q,
-            k,
-            operands.teacher_q,
-            operands.teacher_k,
-            q.stride(),
-            k.stride(),
-            operands.teacher_q.stride(),
-            operands.teacher_k.stride(),
-            *_segment_arguments(segments, tile, q),
+        launch(
+            *_tensors_and_strides(operands),
+            *(segments or (q, q)),
             kl,
-            max_s,
-            max_t,
-            inverse_s,
-            inverse_t,
+            *statistics,
             heads,
             heads // k.shape[1],
             seq_len,
             softmax_scale * _LOG2_E,
             **_constants(q, segments, tile),
         )
-    reach = () if segments is None else (segments.first, segments.last, segments.run_start, segments.run_end)
-    return kl, (max_s, max_t, inverse_s, inverse_t, *reach)
+    return kl, tuple(statistics)
+
+
+def forward_again(
+    operands: Operands,
+    softmax_scale: float,
+    segments: tuple[Tensor, Tensor] | None,
+    flags: Tensor,
+    kl: Tensor,
+    sum_s: Tensor,
+    sum_t: Tensor,
+) -> None:
+    """Do flagged row tiles again, with a running maximum, over the results of the Hopper kernel.
+
+    Args:
+        operands: 16-bit, 128 channels at most.
+        softmax_scale: as for `forward`.
+        segments: ids, and bounds of tiles of 128 rows; or None.
+        flags: int32 [B, H, row tiles of 128, 2]; where both are 0 the tile is left alone.
+        kl: float32 [B, H, T], contiguous.
+        sum_s: float32 [B, H, T], contiguous; see `triton_kernels.relative_sum`.
+        sum_t: as sum_s.
+    """
+    q, k = operands.student_q, operands.student_k
+    tile = replace(_tiles(q).forward, block_m=HOPPER_ROWS)
+    count = flags.numel() // 2
+    launch: Any = forward_again_kernel[(min(count, _PROGRAMS_AGAIN),)]
+    with _on(q):
+        launch(
+            *_tensors_and_strides(operands),
+            *(segments or (q, q)),
+            flags,
+            kl,
+            sum_s,
+            sum_t,
+            count,
+            q.shape[1],
+            q.shape[1] // k.shape[1],
+            q.shape[2],
+            softmax_scale * _LOG2_E,
+            **_constants(q, segments, tile),
+        )
 
 
 def backward(
@@ -71,17 +118,38 @@ def backward(
     statistics: Sequence[Tensor],
     row_grad: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of student_q and student_k; for a self-relation their sum, and None."""
-    max_s, max_t, inverse_s, inverse_t, *reach = statistics
-    segments = Segments(*reach) if reach else None
+    """Gradients of student_q and student_k; for a self-relation their sum, and None.
+
+    What follows the Hopper forward kernel is the Hopper backward kernel.
+    """
+    q = operands.student_q, operands.teacher_q
+    k = operands.student_k, operands.teacher_k
+    narrow = q[0].dtype == torch.float16
     g = row_grad.float()
-    if segments is not None:
-        g = torch.where(segments.first[:, None] >= 0, g, 0.0)
-    # A power of two at or above the largest |g|: with g / unit at most 1 the weights keep clear of fp16's
-    # limits, and dividing by it rounds nothing. On device, so that nobody waits for it.
-    exponent = torch.frexp(g.abs().amax()).exponent
-    unit = torch.ldexp(torch.ones((), device=g.device), exponent.clamp(min=-100))
-    g = (g / unit).contiguous()
+    unit = None
+    if narrow:
+        if segment_ids is not None:
+            g = torch.where(segment_ids[:, None] >= 0, g, 0.0)
+        # A power of two at or above the largest |g|: with g / unit at most 1 the weights keep clear of fp16's
+        # limits, and dividing by it rounds nothing. On device, so that nobody waits for it.
+        exponent = torch.frexp(g.abs().amax()).exponent
+        unit = torch.ldexp(torch.ones((), device=g.device), exponent.clamp(min=-100))
+        g = g / unit
+    g = g.contiguous()
+    names = _names(segment_ids)
+    if len(statistics) == 2:
+        from . import hopper_backend
+
+        pipeline = _pick(q[0])
+        assert pipeline is not None
+        sum_s, sum_t = statistics
+        segments = _segments(names, HOPPER_ROWS, pipeline.block_n)
+        if unit is not None:
+            g, unit = g * _BOOST, unit / _BOOST
+        with _on(q[0]):
+            return hopper_backend.backward(operands, softmax_scale, pipeline, segments, sum_s, sum_t, g, unit)
+    tile = _tiles(q[0]).backward
+    segments = _segments(names, tile.block_m, tile.block_n)
 
     def launch(own: tuple[Tensor, Tensor], others: tuple[Tensor, Tensor], below: bool, above: bool) -> Tensor:
         x_s, x_t = own
@@ -89,12 +157,10 @@ def backward(
         batch, heads, seq_len, _ = x_s.shape
         # As queries, `heads // y heads` of ours share one head of theirs; as keys it is the other way round.
         group = heads // y_s.shape[1] if below else y_s.shape[1] // heads
-        tile = _tiles(x_s).backward
         grad = torch.empty_like(x_s)
-        # fp16 loses weights below 6e-8; they are 2 at most, and its largest number is 65504.
-        boost = 2.0**14 if x_s.dtype == torch.float16 else 1.0
+        kernel: Any = backward_kernel[(triton.cdiv(seq_len, tile.block_m) * batch * heads,)]
         with _on(x_s):
-            backward_kernel[(triton.cdiv(seq_len, tile.block_m) * batch * heads,)](
+            kernel(
                 x_s,
                 x_t,
                 y_s,
@@ -103,13 +169,10 @@ def backward(
                 x_t.stride(),
                 y_s.stride(),
                 y_t.stride(),
-                *_segment_arguments(segments, tile, x_s),
-                max_s,
-                max_t,
-                inverse_s,
-                inverse_t,
+                *(segments or (x_s, x_s)),
+                *statistics,
                 g,
-                unit,
+                g if unit is None else unit,
                 grad,
                 grad.stride(),
                 heads,
@@ -117,13 +180,11 @@ def backward(
                 seq_len,
                 softmax_scale * _LOG2_E,
                 softmax_scale,
-                **{"BELOW": below, "ABOVE": above, "BOOST": boost},
+                **{"BELOW": below, "ABOVE": above, "NARROW": narrow},
                 **_constants(x_s, segments, tile),
             )
         return grad
 
-    q = operands.student_q, operands.teacher_q
-    k = operands.student_k, operands.teacher_k
     if operands.self_relation:
         return launch(q, q, below=True, above=True), None
     return launch(q, k, below=True, above=False), launch(k, q, below=False, above=True)
@@ -136,6 +197,29 @@ def value_and_grad(
     rows, statistics = forward(operands, softmax_scale, segment_ids)
     grad_q, grad_k = backward(operands, softmax_scale, segment_ids, statistics, row_grad)
     return rows, grad_q, grad_k
+
+
+def _pipeline(operands: Operands) -> Pipeline | None:
+    """The Hopper kernels' shapes, or None where the general kernels are to run.
+
+    They also do where `torch.use_deterministic_algorithms(True)` asks for results that are equal bit for bit from
+    run to run: the general kernels write each number once, the Hopper ones add up a gradient in no fixed order.
+    """
+    pipeline = _pick(operands.student_q)
+    if pipeline is None or not _HAS_GLUON or torch.are_deterministic_algorithms_enabled():
+        return None
+    from . import hopper_backend
+
+    return pipeline if hopper_backend.can_fetch(operands) else None
+
+
+def _pick(x: Tensor) -> Pipeline | None:
+    return pick_pipeline(_architecture(x.device), x.shape[3], x.element_size())
+
+
+def _tensors_and_strides(operands: Operands) -> tuple[Any, ...]:
+    tensors = operands.student_q, operands.student_k, operands.teacher_q, operands.teacher_k
+    return *tensors, *(x.stride() for x in tensors)
 
 
 def _tiles(x: Tensor) -> Tiles:
@@ -157,14 +241,21 @@ def _on(x: Tensor) -> Any:
     return torch.cuda.device_of(x)
 
 
-def _segment_arguments(segments: Segments | None, tile: Tile, unused: Tensor) -> tuple[Tensor, Tensor]:
-    """The segments' names [B, T] and the tiles' bounds [B, tiles, 4]; without segments neither is read."""
-    if segments is None:
-        return unused, unused
-    return segments.first, tile_bounds(segments, tile.block_m, tile.block_n)
+def _names(segment_ids: Tensor | None) -> Tensor | None:
+    """The ids as the kernels read them, as a rule the very tensor: signed, of 32 or 64 bits, contiguous."""
+    if segment_ids is None:
+        return None
+    if segment_ids.dtype not in (torch.int32, torch.int64):
+        segment_ids = segment_ids.long()
+    return segment_ids.contiguous()
 
 
-def _constants(x: Tensor, segments: Segments | None, tile: Tile) -> dict[str, Any]:
+def _segments(names: Tensor | None, block_m: int, block_n: int) -> tuple[Tensor, Tensor] | None:
+    """The tokens' names [B, T] and the tiles' bounds [B, tiles, 4]."""
+    return None if names is None else (names, tile_bounds(names, block_m, block_n))
+
+
+def _constants(x: Tensor, segments: tuple[Tensor, Tensor] | None, tile: Tile) -> dict[str, Any]:
     # bf16 products are wrong in Triton's interpreter; fp32 ones are exact on bf16 inputs.
     dot = tl.float32 if INTERPRETING else _DOT[x.dtype]
     return {

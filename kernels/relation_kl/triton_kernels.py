@@ -1,6 +1,6 @@
 """The Triton kernels. Logits are kept in units of log 2, so that exponentials are exp2.
 
-A row tile visits the key tiles that `segments.tile_bounds` lists for it, those where some pair of tokens must
+A row tile visits the key tiles that `segment_kernels.tile_bounds` lists for it, those where some pair of tokens must
 be masked apart from those where none must: hence the three parts of each loop. Statistics are float32
 whatever the inputs are; products are taken in the type DOT, the inputs' own on a GPU.
 """
@@ -16,6 +16,8 @@ _MASKED = tl.constexpr(-1e30)
 # Not compiled anew for every length; strides are, for the width of the loads depends on them.
 _VARYING = ["heads", "group", "seq_len"]
 _LN2 = tl.constexpr(0.6931471805599453)
+# fp16 loses weights below 6e-8; they are 2 at most, and its largest number is 65504.
+_BOOST = tl.constexpr(2.0**14)
 
 
 @triton.jit
@@ -29,7 +31,7 @@ def _load_tokens(base, tokens, live, strides, HEAD_DIM: tl.constexpr, BLOCK_D: t
 
 @triton.jit
 def _names(segments, tokens, seq_len, SEGMENTS: tl.constexpr):
-    """What segment each token is in: -1 for padding and beyond the sequence."""
+    """What segment each token is in: negative for padding and beyond the sequence."""
     if SEGMENTS:
         return tl.load(segments + tokens, mask=tokens < seq_len, other=-1)
     else:
@@ -38,7 +40,7 @@ def _names(segments, tokens, seq_len, SEGMENTS: tl.constexpr):
 
 @triton.jit
 def _bounds(bounds, index, start, seq_len, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SEGMENTS: tl.constexpr):
-    """(lo, lo_full, end, hi_full, hi) of `segments.tile_bounds`; end = start for a tile of padding."""
+    """(lo, lo_full, end, hi_full, hi) of `segment_kernels.tile_bounds`; end = start for a tile of padding."""
     end = tl.minimum(start + BLOCK_M, seq_len)
     if SEGMENTS:
         lo = tl.load(bounds + index * 4)
@@ -51,10 +53,23 @@ def _bounds(bounds, index, start, seq_len, BLOCK_M: tl.constexpr, BLOCK_N: tl.co
         return 0, 0, end, end + (seq_len - end) // BLOCK_N * BLOCK_N, seq_len
 
 
-@triton.jit(do_not_specialize=_VARYING)
-def forward_kernel(
+@triton.jit
+def relative_sum(total, excess):
+    """What the Hopper backward kernel is given of a row, from the sum of its exponentials relative to a pivot.
+
+    `excess` is the pivot less the row's logit with its own key, which backward finds in the tile on the diagonal: the
+    result is the sum relative to that, or, where it is large, minus the logarithm of that sum. A log-sum-exp
+    would be rounded by its own size, and a probability next to 1 with it.
+    """
+    relative = total * tl.exp2(excess)
+    return tl.where(relative <= 2.0**80, relative, -(tl.log2(total) + excess))
+
+
+@triton.jit
+def _forward_tile(
+    sequence, tile,
     q_s, k_s, q_t, k_t, q_s_strides, k_s_strides, q_t_strides, k_t_strides, segments, bounds, kl,
-    max_s, max_t, inverse_s, inverse_t, heads, group, seq_len, log2_scale,
+    max_s, max_t, inverse_s, inverse_t, heads, group, seq_len, log2_scale, AGAIN: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SEGMENTS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -65,9 +80,6 @@ def forward_kernel(
     where the divergence is tiny, never enter a sum.
     """
     tiles = tl.cdiv(seq_len, BLOCK_M)
-    # The last row tiles have the most keys: they go first, so that none is left running alone at the end.
-    tile = tiles - 1 - tl.program_id(0) % tiles
-    sequence = (tl.program_id(0) // tiles).to(tl.int64)
     batch, head = sequence // heads, sequence % heads
     start = tile * BLOCK_M
     rows = start + tl.arange(0, BLOCK_M)
@@ -88,6 +100,8 @@ def forward_kernel(
     l_s = tl.zeros([BLOCK_M], tl.float32)
     l_t = tl.zeros([BLOCK_M], tl.float32)
     a = tl.zeros([BLOCK_M], tl.float32)
+    own_s = tl.zeros([BLOCK_M], tl.float32)
+    own_t = tl.zeros([BLOCK_M], tl.float32)
     for part in tl.static_range(0 if SEGMENTS else 1, 3):
         if part == 0:
             first, last = lo, lo_full
@@ -106,6 +120,10 @@ def forward_kernel(
                 visible = (keys[None, :] <= rows[:, None]) & (key_names[None, :] == row_names[:, None])
                 s = tl.where(visible, s, _MASKED)
                 t = tl.where(visible, t, _MASKED)
+            if AGAIN and part == 2:
+                own = keys[None, :] == rows[:, None]
+                own_s += tl.sum(tl.where(own, s, 0.0), 1)
+                own_t += tl.sum(tl.where(own, t, 0.0), 1)
             new_m_s = tl.maximum(m_s, tl.max(s, 1))
             new_m_t = tl.maximum(m_t, tl.max(t, 1))
             fall_s = m_s - new_m_s
@@ -124,11 +142,55 @@ def forward_kernel(
     place = sequence * seq_len + rows
     inside = rows < seq_len
     tl.store(kl + place, tl.where(live, value, 0.0), mask=inside)
-    # Kept apart, not as m + log l: that would round a probability next to 1 by the size of its logit.
-    tl.store(max_s + place, tl.where(live, m_s, 0.0), mask=inside)
-    tl.store(max_t + place, tl.where(live, m_t, 0.0), mask=inside)
-    tl.store(inverse_s + place, tl.where(live, 1.0 / l_s, 0.0), mask=inside)
-    tl.store(inverse_t + place, tl.where(live, 1.0 / l_t, 0.0), mask=inside)
+    if AGAIN:
+        tl.store(max_s + place, tl.where(live, relative_sum(l_s, m_s - own_s), 1.0), mask=inside)
+        tl.store(max_t + place, tl.where(live, relative_sum(l_t, m_t - own_t), 1.0), mask=inside)
+    else:
+        # Kept apart, not as m + log l: that would round a probability next to 1 by the size of its logit.
+        tl.store(max_s + place, tl.where(live, m_s, 0.0), mask=inside)
+        tl.store(max_t + place, tl.where(live, m_t, 0.0), mask=inside)
+        tl.store(inverse_s + place, tl.where(live, 1.0 / l_s, 0.0), mask=inside)
+        tl.store(inverse_t + place, tl.where(live, 1.0 / l_t, 0.0), mask=inside)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def forward_kernel(
+    q_s, k_s, q_t, k_t, q_s_strides, k_s_strides, q_t_strides, k_t_strides, segments, bounds, kl,
+    max_s, max_t, inverse_s, inverse_t, heads, group, seq_len, log2_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SEGMENTS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Rows [B, H, T], maxima of the logits and 1 / sums of the exponentials; one program a row tile."""
+    tiles = tl.cdiv(seq_len, BLOCK_M)
+    # The last row tiles have the most keys: they go first, so that none is left running alone at the end.
+    _forward_tile(
+        (tl.program_id(0) // tiles).to(tl.int64), tiles - 1 - tl.program_id(0) % tiles,
+        q_s, k_s, q_t, k_t, q_s_strides, k_s_strides, q_t_strides, k_t_strides, segments, bounds, kl,
+        max_s, max_t, inverse_s, inverse_t, heads, group, seq_len, log2_scale, False,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, SEGMENTS, DOT, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=[*_VARYING, "count"])
+def forward_again_kernel(
+    q_s, k_s, q_t, k_t, q_s_strides, k_s_strides, q_t_strides, k_t_strides, segments, bounds, flags, kl, sum_s, sum_t,
+    count, heads, group, seq_len, log2_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SEGMENTS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Those of `count` row tiles with an entry other than 0 in flags [B, H, tiles, 2], as a rule none.
+
+    What the others have in kl and in the two sums stays as the Hopper kernel left it.
+    """
+    tiles = tl.cdiv(seq_len, BLOCK_M)
+    for index in range(tl.program_id(0), count, tl.num_programs(0)):
+        if (tl.load(flags + index * 2) | tl.load(flags + index * 2 + 1)) != 0:
+            _forward_tile(
+                (index // tiles).to(tl.int64), index % tiles,
+                q_s, k_s, q_t, k_t, q_s_strides, k_s_strides, q_t_strides, k_t_strides, segments, bounds, kl,
+                sum_s, sum_t, sum_s, sum_t, heads, group, seq_len, log2_scale, True,
+                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, SEGMENTS, DOT, PRECISION,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -136,7 +198,7 @@ def backward_kernel(
     x_s, x_t, y_s, y_t, x_s_strides, x_t_strides, y_s_strides, y_t_strides, segments, bounds, max_s, max_t,
     inverse_s, inverse_t, row_grad, unit, grad, grad_strides,
     heads, group, seq_len, log2_scale, softmax_scale,
-    BELOW: tl.constexpr, ABOVE: tl.constexpr, BOOST: tl.constexpr,
+    BELOW: tl.constexpr, ABOVE: tl.constexpr, NARROW: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SEGMENTS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -147,6 +209,8 @@ def backward_kernel(
     A self-relation has both, with y = x: S is symmetric, so the logits of row j with key i are those of i
     with j. For attention, x = q has BELOW alone; x = k has ABOVE alone, with `group` query heads to a key
     head.
+
+    NARROW, for fp16 weights: row_grad comes divided by the power of two in unit.
     """
     tiles = tl.cdiv(seq_len, BLOCK_M)
     # Programs with the most to visit go first: the last tiles below, the first above; both together are even.
@@ -174,9 +238,11 @@ def backward_kernel(
         place = sequence * seq_len + rows
         m_s = tl.load(max_s + place, mask=live, other=0.0)
         m_t = tl.load(max_t + place, mask=live, other=0.0)
-        # BOOST keeps fp16 weights clear of its smallest numbers.
-        r_s = tl.load(inverse_s + place, mask=live, other=0.0) * BOOST
-        r_t = tl.load(inverse_t + place, mask=live, other=0.0) * BOOST
+        r_s = tl.load(inverse_s + place, mask=live, other=0.0)
+        r_t = tl.load(inverse_t + place, mask=live, other=0.0)
+        if NARROW:
+            r_s *= _BOOST
+            r_t *= _BOOST
         k_s = y_s + head // group * y_s_strides[1]
         k_t = y_t + head // group * y_t_strides[1]
         for part in tl.static_range(0 if SEGMENTS else 1, 3):
@@ -226,7 +292,9 @@ def backward_kernel(
                     their_m_t = tl.load(max_t + others, mask=real, other=0.0)
                     their_r_s = tl.load(inverse_s + others, mask=real, other=0.0)
                     their_r_t = tl.load(inverse_t + others, mask=real, other=0.0)
-                    g = tl.load(row_grad + others, mask=real, other=0.0) * BOOST
+                    g = tl.load(row_grad + others, mask=real, other=0.0)
+                    if NARROW:
+                        g *= _BOOST
                     s = tl.dot(own_s, tl.trans(other_s), input_precision=PRECISION) * log2_scale
                     t = tl.dot(own_t, tl.trans(other_t), input_precision=PRECISION) * log2_scale
                     p_s = tl.exp2(s - their_m_s[None, :]) * their_r_s[None, :]
@@ -237,8 +305,12 @@ def backward_kernel(
                         weight = tl.where(visible, weight, 0.0)
                     acc = tl.dot(weight.to(DOT), other_s, acc, input_precision=PRECISION)
 
+    if NARROW:
+        acc *= tl.load(unit) * softmax_scale / _BOOST
+    else:
+        acc *= softmax_scale
     # A padding row can hold anything by now, NaN included: it is replaced, not multiplied.
-    result = tl.where(live[:, None], acc * (tl.load(unit) * softmax_scale / BOOST), 0.0)
+    result = tl.where(live[:, None], acc, 0.0)
     channels = tl.arange(0, BLOCK_D)
     grad += batch * grad_strides[0] + head * grad_strides[1]
     pointers = grad + rows.to(tl.int64)[:, None] * grad_strides[2] + channels[None, :] * grad_strides[3]

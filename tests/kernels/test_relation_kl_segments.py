@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import relation_kl as rk
+import tile_bounds_reference as reference
 import torch
-from relation_kl.segments import locate_segments, tile_bounds, visited_pairs
-from relation_kl.tiles import pad_head_dim, pick_tiles
+from relation_kl import segment_kernels
+from relation_kl.segment_kernels import tile_bounds
+from relation_kl.tiles import HOPPER_ROWS, pad_head_dim, pick_pipeline, pick_tiles
 from relation_kl_checks import segment_ids_of
 
 
@@ -50,40 +52,91 @@ def test_cut_into_windows() -> None:
         rk.cut_into_windows(ids, 3, offset=-1)
 
 
-@pytest.mark.parametrize("block_m,block_n", [(8, 8), (16, 4), (64, 32)])
-@pytest.mark.parametrize("kind", ["left", "right", "all_masked", "one_key", "windows", "documents", "scattered"])
-@pytest.mark.parametrize("seq_len", [1, 41, 129])
-def test_tile_bounds(kind: str, seq_len: int, block_m: int, block_n: int) -> None:
+TILES = [(8, 8), (16, 4), (64, 32)]
+
+
+def check_bounds(ids: torch.Tensor, bounds: torch.Tensor, block_m: int, block_n: int) -> None:
     """Every pair to be seen is visited, on both sides, and where no mask is applied none is needed."""
-    torch.manual_seed(0)
-    ids = segment_ids_of(kind, 2, seq_len)
-    assert ids is not None
-    bounds = tile_bounds(locate_segments(ids), block_m, block_n)
+    seq_len = ids.shape[1]
     index = torch.arange(seq_len)
-    valid = ids >= 0
-    related = (ids[:, :, None] == ids[:, None, :]) & valid[:, :, None]
-    for batch in range(2):
+    related = reference.related(ids)
+    assert bounds.shape == (len(ids), -(-seq_len // block_m), 4) and bounds.dtype == torch.int32
+    for batch in range(len(ids)):
         for tile in range(bounds.shape[1]):
             start, end = tile * block_m, min((tile + 1) * block_m, seq_len)
             lo, lo_full, hi_full, hi = bounds[batch, tile].tolist()
-            pairs = related[batch, start:end]
-            if not valid[batch, start:end].any():
+            live = ids[batch, start:end] >= 0
+            if not live.any():
                 assert lo == lo_full == hi_full == hi == start
                 continue
             assert lo % block_n == 0 and lo_full % block_n == 0 and (hi_full - end) % block_n == 0
+            assert hi == seq_len or (hi - end) % block_n == 0
             assert 0 <= lo <= lo_full <= start and end <= hi_full <= hi <= seq_len
+            pairs = related[batch, start:end][live]
             assert not pairs[:, (index < lo) | (index >= hi)].any()
-            rows = valid[batch, start:end]
-            assert pairs[rows][:, lo_full:start].all()
-            assert pairs[rows][:, end:hi_full].all()
+            assert pairs[:, lo_full:start].all()
+            assert pairs[:, end:hi_full].all()
 
 
-def test_work_falls_with_the_square_of_the_segment_length() -> None:
-    seq_len, block_m, block_n = 4096, 64, 32
-    whole = torch.zeros(1, seq_len, dtype=torch.long)
+@pytest.mark.parametrize(("block_m", "block_n"), TILES)
+@pytest.mark.parametrize("kind", ["left", "right", "all_masked", "one_key", "windows", "documents", "scattered"])
+@pytest.mark.parametrize("seq_len", [1, 41, 129])
+def test_tile_bounds(kind: str, seq_len: int, block_m: int, block_n: int, device: torch.device) -> None:
+    torch.manual_seed(0)
+    ids = segment_ids_of(kind, 2, seq_len)
+    assert ids is not None
+    bounds = tile_bounds(ids.contiguous().to(device), block_m, block_n).cpu()
+    check_bounds(ids, bounds, block_m, block_n)
+    if kind != "scattered":
+        assert torch.equal(bounds, reference.tile_bounds(ids, block_m, block_n))
+
+
+def random_ids(kind: str, batch: int, seq_len: int) -> torch.Tensor:
+    """Segments of random lengths: numbered in order, either way, or at random; or tokens dealt out one by one."""
+    runs = torch.randint(1, max(2, seq_len // 3), (batch, seq_len)).cumsum(1)
+    number = (runs[:, :, None] <= torch.arange(seq_len)).sum(1)
+    if kind == "falling":
+        number = number.amax(1, keepdim=True) - number
+    elif kind == "shuffled":
+        number = torch.randperm(seq_len)[number]
+    elif kind == "recurring":
+        number = number % 3
+    elif kind == "interleaved":
+        number = torch.randint(0, 3, (batch, seq_len))
+    # Numbers of any size and distance, in the same order.
+    names = torch.randint(0, 2**61, (seq_len,)).sort().values
+    ids = names[number]
+    for where in torch.randint(0, seq_len, (batch, 2, 2)).sort(-1).values.unbind(1):
+        holes = torch.arange(seq_len)
+        holes = (holes >= where[:, :1]) & (holes < where[:, 1:]) & (torch.rand(batch, 1) < 0.5)
+        ids = ids.masked_fill(holes, int(torch.randint(-(2**40), 0, ())))
+    return ids.masked_fill((torch.rand(batch, seq_len) < 0.02) & (torch.rand(batch, 1) < 0.2), -1)
+
+
+@pytest.mark.parametrize(("block_m", "block_n"), [(16, 16), (32, 8)])
+@pytest.mark.parametrize("kind", ["rising", "falling", "shuffled", "recurring", "interleaved"])
+def test_tile_bounds_of_random_segments(
+    kind: str, block_m: int, block_n: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Always safe; as tight as can be where segments are numbered in order, with padding wherever it may be."""
+    # Small enough that a sequence takes several programs and several rounds.
+    monkeypatch.setattr(segment_kernels, "_TOKENS", 64)
+    monkeypatch.setattr(segment_kernels, "_CHUNK", 16)
+    torch.manual_seed(1)
+    for seq_len in (3, 96, 301):
+        ids = random_ids(kind, 4, seq_len)
+        bounds = tile_bounds(ids.to(device), block_m, block_n).cpu()
+        check_bounds(ids, bounds, block_m, block_n)
+        if kind in ("rising", "falling"):
+            assert torch.equal(bounds, reference.tile_bounds(ids, block_m, block_n))
+
+
+def test_work_falls_with_the_square_of_the_segment_length(device: torch.device) -> None:
+    seq_len, block_m, block_n = 4096, 128, 64
+    whole = torch.zeros(1, seq_len, dtype=torch.long, device=device)
 
     def pairs(ids: torch.Tensor) -> int:
-        return visited_pairs(tile_bounds(locate_segments(ids), block_m, block_n), seq_len, block_m, block_n)
+        return reference.visited_pairs(tile_bounds(ids, block_m, block_n), seq_len, block_m, block_n)
 
     assert pairs(whole) == seq_len * (seq_len + block_m) // 2
     for window in (1024, 512, 256):
@@ -92,14 +145,6 @@ def test_work_falls_with_the_square_of_the_segment_length() -> None:
     # Windows that do not fit the tiles cost a tile more on either side, no more.
     assert pairs(rk.cut_into_windows(whole, 500)) <= seq_len * (500 + 3 * block_m) / 2
     assert pairs(whole - 1) == 0
-
-
-def test_segment_ids_of_any_size() -> None:
-    """Ids are names: large ones, and ones that differ beyond 32 bits, are told apart."""
-    ids = torch.tensor([[5, 5 + 2**32, 5, 2**62, -(2**40)]])
-    assert locate_segments(ids).first.tolist() == [[0, 1, 0, 3, -1]]
-    assert locate_segments(ids).last.tolist() == [[2, 1, 2, 3, -1]]
-    assert locate_segments(ids.to(torch.int8)).first.dtype == torch.int32
 
 
 def test_tiles_are_a_pure_function() -> None:
@@ -111,3 +156,17 @@ def test_tiles_are_a_pure_function() -> None:
                 for tile in (tiles.forward, tiles.backward):
                     assert tile.block_m % tile.block_n == 0
     assert [pad_head_dim(d) for d in (8, 16, 24, 64, 80, 256)] == [16, 16, 32, 64, 128, 256]
+
+
+@pytest.mark.parametrize("head_dim", range(1, 257, 5))
+def test_hopper_pipelines(head_dim: int) -> None:
+    """For 16 bit and 128 channels at most, on Hopper alone; tile_bounds wants whole tiles of keys in one of rows."""
+    for architecture in ("sm_80", "sm_89", "sm_100", "sm_120", "hip", "interpreter"):
+        assert pick_pipeline(architecture, head_dim, 2) is None
+    assert pick_pipeline("sm_90", head_dim, 4) is None
+    pipeline = pick_pipeline("sm_90", head_dim, 2)
+    assert (pipeline is None) == (head_dim > 128)
+    if pipeline is not None:
+        assert pipeline == pick_pipeline("sm_90", head_dim, 2)
+        assert head_dim <= pipeline.block_k <= pipeline.block_d <= max(64, pad_head_dim(head_dim))
+        assert HOPPER_ROWS % pipeline.block_n == 0 and pipeline.slots >= 2

@@ -1,0 +1,287 @@
+"""The Hopper backward kernel; see hopper_common.py for what it shares with the forward kernel."""
+
+# What the decorators make of these functions is not what pyright reads.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+from typing import Any
+
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .hopper_common import HALF_ROWS, ROWS, barrier, exponent, logits, names_of, own_logits, span, visible_pairs
+
+
+@builtin
+def _reduce_add(descriptor, coordinates, source, _semantic: Any = None):
+    """Add a tile of shared memory to device memory, asynchronously. Gluon has no name for it, but Triton's builder."""
+    coordinates = _semantic._convert_to_ir_values(coordinates, require_i64=False)
+    kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
+    _semantic.builder.create_async_tma_reduce(kind, descriptor.handle, coordinates, source.handle)
+
+
+@gluon.jit
+def _halves(x):
+    """[R, C] -> its left and its right [R, C / 2]."""
+    return x.reshape([x.shape[0], 2, x.shape[1] // 2]).permute(0, 2, 1).split()
+
+
+@gluon.jit
+def _clear_padding(tile, segments, start, seq_len):
+    """Set the rows of padding of a tile [64, D] in shared memory to 0: they may hold anything, NaN included."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    names = names_of(segments, start + gl.arange(0, HALF_ROWS, gl.SliceLayout(1, LAYOUT)), seq_len)
+    if gl.min(names, 0) < 0:
+        x = tile.load(LAYOUT)
+        tile.store(gl.where((names >= 0)[:, None], x, gl.zeros_like(x)))
+        fence_async_shared()
+
+
+@gluon.jit
+def _mask_weights(weights, segments, row_start, key_start, seq_len, SEGMENTS: gl.constexpr):
+    """Set those of invisible pairs to 0, in shared memory, where it takes no registers from the loop around it."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    rows = row_start + gl.arange(0, weights.shape[0], gl.SliceLayout(1, LAYOUT))
+    keys = key_start + gl.arange(0, weights.shape[1], gl.SliceLayout(0, LAYOUT))
+    w = weights.load(LAYOUT)
+    weights.store(gl.where(visible_pairs(segments, rows, keys, seq_len, SEGMENTS), w, gl.zeros_like(w)))
+
+
+@gluon.jit
+def _backward_fetch(
+    k_s, k_t, batch, key_head, last, count, ring_s, ring_t, ready_s, ready_t, free_s, free_t,
+    N: gl.constexpr, D: gl.constexpr,
+):  # fmt: skip
+    """Fetch the tiles of keys: two buffers for the student's, which are used twice, one for the teacher's."""
+    for j in range(count):
+        at = [batch, key_head, last - j * N, 0]
+        slot = j % 2
+        mbarrier.wait(free_s.index(slot), ((j // 2) & 1) ^ 1)
+        mbarrier.expect(ready_s.index(slot), N * D * 2)
+        tma.async_copy_global_to_shared(k_s, at, ready_s.index(slot), ring_s.index(slot))
+        mbarrier.wait(free_t, (j & 1) ^ 1)
+        mbarrier.expect(ready_t, N * D * 2)
+        tma.async_copy_global_to_shared(k_t, at, ready_t, ring_t.index(0))
+
+
+@gluon.jit
+def _stage(x, left, right):
+    """Put a tile [64, D] of a gradient into two buffers of shared memory, from where TMA adds it up."""
+    first, second = _halves(x)
+    left.reshape([HALF_ROWS, x.shape[1] // 2]).store(first)
+    right.reshape([HALF_ROWS, x.shape[1] // 2]).store(second)
+    fence_async_shared()
+    barrier()
+
+
+@gluon.jit
+def _backward_rows(
+    segments, sum_s, sum_t, row_grad, unit, key_grad, grad,
+    batch, head, heads, key_head, tile_start, last, count, full, seq_len, channels, log2_scale, softmax_scale,
+    own_s, own_t, own_ready, ring_s, ring_t, ready_s, ready_t, free_s, free_t,
+    weights, weights_ready, weights_free, stage,
+    HALF: gl.constexpr, N: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SEGMENTS: gl.constexpr, SELF: gl.constexpr,
+    NARROW: gl.constexpr,
+):  # fmt: skip
+    """64 rows and, of each tile of keys, 64 keys, for which both warpgroups' weights are needed."""
+    dtype: gl.constexpr = ring_s.dtype
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    mma_d: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    OF_ROWS: gl.constexpr = gl.SliceLayout(1, mma)
+    OF_KEYS: gl.constexpr = gl.SliceLayout(0, mma)
+    start = tile_start + HALF * HALF_ROWS
+    rows = start + gl.arange(0, HALF_ROWS, OF_ROWS)
+    live = rows < seq_len
+    if SEGMENTS:
+        live = names_of(segments, rows, seq_len) >= 0
+    place = (batch * heads + head).to(gl.int64) * seq_len + rows
+    l_s = gl.load(sum_s + place, mask=live, other=1.0)
+    l_t = gl.load(sum_t + place, mask=live, other=1.0)
+    g = gl.load(row_grad + place, mask=live, other=0.0)
+    none = gl.zeros([HALF_ROWS, N], gl.float32, mma)
+    none_d = gl.zeros([HALF_ROWS, D], gl.float32, mma_d)
+    acc = gl.zeros([HALF_ROWS, D], gl.float32, mma_d)
+
+    mbarrier.wait(own_ready, 0)
+    if SEGMENTS:
+        _clear_padding(own_s.index(HALF).reshape([HALF_ROWS, D]), segments, start, seq_len)
+        _clear_padding(own_t.index(HALF).reshape([HALF_ROWS, D]), segments, start, seq_len)
+        barrier()
+    mbarrier.wait(ready_s.index(0), 0)
+    y = ring_s.index(0).reshape([N, D])
+    s = logits(own_s.index(HALF).reshape([HALF_ROWS, D]), y, none, K)
+    mbarrier.wait(ready_t, 0)
+    y = ring_t.index(0).reshape([N, D])
+    t = logits(own_t.index(HALF).reshape([HALF_ROWS, D]), y, none, K)
+    s, t = warpgroup_mma_wait(0, deps=[s, t])
+    mbarrier.arrive(free_t)
+    # W = g (e_s / l_s - e_t / l_t) = (e_s r - e_t) g / l_t: r is 1, and W is 0, where student and teacher are equal.
+    keys = last + gl.arange(0, N, OF_KEYS)
+    m_s = gl.where(live, own_logits(s, rows, keys, log2_scale) - gl.minimum(l_s, 0.0), 0.0)
+    m_t = gl.where(live, own_logits(t, rows, keys, log2_scale) - gl.minimum(l_t, 0.0), 0.0)
+    l_s = gl.where(l_s > 0, l_s, 1.0)
+    l_t = gl.where(l_t > 0, l_t, 1.0)
+    r = gl.div_rn(l_t, l_s)
+    g = g / l_t
+    e_s = gl.exp2(exponent(s, log2_scale, m_s))
+
+    for j in range(count):
+        key_start = last - j * N
+        slot = j % 2
+        following = slot ^ 1
+        # Always 0, which the compiler cannot know: it would keep the operands' 64-bit descriptors over the whole
+        # loop, more than there are registers for, where a few additions make them anew.
+        fresh = j >> 30
+        e_t = gl.exp2(exponent(t, log2_scale, m_t))
+        w = gl.fma(e_s, gl.zeros_like(e_s) + r[:, None], -e_t) * (gl.zeros_like(e_s) + g[:, None])
+        masked = (j == 0) | (j >= full)
+        # The last gradients on their way out have left the buffers, one of which is the weights'.
+        tma.store_wait(0)
+        barrier()
+        weights.index(HALF).store(w.to(dtype))
+        if masked:
+            _mask_weights(weights.index(HALF + fresh), segments + fresh, start + fresh, key_start, seq_len, SEGMENTS)
+            if SEGMENTS:
+                mine = ring_s.index(slot).reshape([N, D]).slice(HALF * (N // 2), N // 2, dim=0)
+                _clear_padding(mine, segments + fresh, key_start + HALF * (N // 2), seq_len)
+        fence_async_shared()
+        mbarrier.arrive(weights_ready)
+        if SEGMENTS:
+            # The other half of the keys is clear of padding by then.
+            mbarrier.wait(weights_ready, j & 1, pred=masked)
+        y = ring_s.index(slot).reshape([N, D])
+        acc = warpgroup_mma(weights.index(HALF + fresh), y, acc, is_async=True)
+        mbarrier.wait(ready_s.index(following), ((j + 1) // 2) & 1, pred=j + 1 < count)
+        x = own_s.index(HALF + fresh).reshape([HALF_ROWS, D])
+        y = ring_s.index(following).reshape([N, D])
+        s = logits(x, y, none, K)
+        mbarrier.wait(weights_ready, j & 1)
+        x = weights.index(fresh).slice(HALF * (N // 2), N // 2, dim=1).permute([1, 0])
+        y = own_s.index(fresh).reshape([HALF_ROWS, D])
+        out = warpgroup_mma(x, y, none_d, use_acc=False, is_async=True)
+        x = weights.index(1 + fresh).slice(HALF * (N // 2), N // 2, dim=1).permute([1, 0])
+        y = own_s.index(1 + fresh).reshape([HALF_ROWS, D])
+        out = warpgroup_mma(x, y, out, is_async=True)
+        acc, s = warpgroup_mma_wait(2, deps=[acc, s])
+        mbarrier.arrive(free_s.index(slot))
+        # beside the products of the keys' gradient
+        e_s = gl.exp2(exponent(s, log2_scale, m_s))
+        out = warpgroup_mma_wait(0, deps=[out])
+        mbarrier.arrive(weights_free)
+        # Both warpgroups are through with these weights: their room takes half of the gradient.
+        mbarrier.wait(weights_free, j & 1)
+        spare = weights.index(HALF)._reinterpret(gl.float32, [1, 1, HALF_ROWS, D // 2], key_grad.layout)
+        _stage(out, stage.index(HALF), spare)
+        key = key_start + HALF * (N // 2)
+        _reduce_add(key_grad, [batch, key_head, key, 0], stage.index(HALF))
+        _reduce_add(key_grad, [batch, key_head, key, D // 2], spare)
+        mbarrier.wait(ready_t, (j + 1) & 1, pred=j + 1 < count)
+        x = own_t.index(HALF + fresh).reshape([HALF_ROWS, D])
+        y = ring_t.index(fresh).reshape([N, D])
+        t = logits(x, y, none, K)
+        t = warpgroup_mma_wait(0, deps=[t])
+        mbarrier.arrive(free_t)
+
+    tma.store_wait(0)
+    barrier()
+    if SELF:
+        spare = weights.index(HALF)._reinterpret(gl.float32, [1, 1, HALF_ROWS, D // 2], key_grad.layout)
+        _stage(acc, stage.index(HALF), spare)
+        _reduce_add(key_grad, [batch, key_head, start, 0], stage.index(HALF))
+        _reduce_add(key_grad, [batch, key_head, start, D // 2], spare)
+        tma.store_wait(0)
+    else:
+        factor = softmax_scale
+        if NARROW:
+            factor = softmax_scale * gl.load(unit)
+        rows = start + gl.arange(0, HALF_ROWS, gl.SliceLayout(1, mma_d))
+        columns = gl.arange(0, D, gl.SliceLayout(0, mma_d))
+        place = (batch * heads + head).to(gl.int64) * seq_len + rows
+        pointers = grad + place[:, None] * channels + columns[None, :]
+        inside = (rows < seq_len)[:, None] & (columns < channels)[None, :]
+        gl.store(pointers, (acc * factor).to(dtype), mask=inside)
+
+
+@gluon.jit(do_not_specialize=["heads", "group", "seq_len"])
+def backward_kernel(
+    q_s, k_s, q_t, k_t, segments, bounds, sum_s, sum_t, row_grad, unit, key_grad, grad,
+    heads, group, seq_len, channels, log2_scale, softmax_scale,
+    N: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SEGMENTS: gl.constexpr, SELF: gl.constexpr, NARROW: gl.constexpr,
+):  # fmt: skip
+    """Each tile of S once: W = g (Ps - Pt), then W k for the rows and W' q for the keys.
+
+    key_grad is a descriptor of float32 [B, key heads, T, channels], zero at first, in blocks [1, 1, 64, D / 2]: the
+    keys' gradient is added up there, not multiplied by softmax_scale, in no fixed order. With SELF the rows' is
+    too; else it goes to grad [B, H, T, channels], finished. With NARROW, row_grad is in units of unit[0].
+    """
+    dtype: gl.constexpr = q_s.dtype
+    tiles = gl.cdiv(seq_len, ROWS)
+    tile = tiles - 1 - gl.program_id(0) % tiles
+    sequence = gl.program_id(0) // tiles
+    batch = sequence // heads
+    head = sequence % heads
+    key_head = head // group
+    start = tile * ROWS
+    last = start + ROWS - N
+    segments += batch.to(gl.int64) * seq_len
+    count, full = span(bounds, tile, tiles, batch, N, SEGMENTS)
+
+    own_s = gl.allocate_shared_memory(dtype, [2, 1, 1, HALF_ROWS, D], q_s.layout)
+    own_t = gl.allocate_shared_memory(dtype, [2, 1, 1, HALF_ROWS, D], q_t.layout)
+    ring_s = gl.allocate_shared_memory(dtype, [2, 1, 1, N, D], k_s.layout)
+    ring_t = gl.allocate_shared_memory(dtype, [1, 1, 1, N, D], k_t.layout)
+    weights_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF_ROWS, N], dtype)
+    weights = gl.allocate_shared_memory(dtype, [2, HALF_ROWS, N], weights_layout)
+    stage = gl.allocate_shared_memory(gl.float32, [2, 1, 1, HALF_ROWS, D // 2], key_grad.layout)
+    own_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    ready_s = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    free_s = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    ready_t = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    free_t = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    weights_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    weights_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(ready_s.index(i), count=1)
+        mbarrier.init(free_s.index(i), count=2)
+    mbarrier.init(own_ready, count=1)
+    mbarrier.init(ready_t, count=1)
+    mbarrier.init(free_t, count=2)
+    mbarrier.init(weights_ready, count=2)
+    mbarrier.init(weights_free, count=2)
+    fence_async_shared()
+    mbarrier.expect(own_ready, 2 * ROWS * D * 2)
+    for i in gl.static_range(2):
+        tma.async_copy_global_to_shared(q_s, [batch, head, start + i * HALF_ROWS, 0], own_ready, own_s.index(i))
+        tma.async_copy_global_to_shared(q_t, [batch, head, start + i * HALF_ROWS, 0], own_ready, own_t.index(i))
+
+    gl.warp_specialize(
+        [
+            (_backward_rows, (
+                segments, sum_s, sum_t, row_grad, unit, key_grad, grad,
+                batch, head, heads, key_head, start, last, count, full, seq_len, channels, log2_scale, softmax_scale,
+                own_s, own_t, own_ready, ring_s, ring_t, ready_s, ready_t, free_s, free_t,
+                weights, weights_ready, weights_free, stage, 0, N, D, K, SEGMENTS, SELF, NARROW,
+            )),
+            (_backward_rows, (
+                segments, sum_s, sum_t, row_grad, unit, key_grad, grad,
+                batch, head, heads, key_head, start, last, count, full, seq_len, channels, log2_scale, softmax_scale,
+                own_s, own_t, own_ready, ring_s, ring_t, ready_s, ready_t, free_s, free_t,
+                weights, weights_ready, weights_free, stage, 1, N, D, K, SEGMENTS, SELF, NARROW,
+            )),
+            (_backward_fetch, (
+                k_s, k_t, batch, key_head, last, count, ring_s, ring_t, ready_s, ready_t, free_s, free_t, N, D,
+            )),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip

@@ -1,0 +1,231 @@
+"""The Hopper forward kernel; see hopper_common.py for what it shares with the backward kernel."""
+
+# What the decorators make of these functions is not what pyright reads.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma_wait,
+)
+
+from .hopper_common import HALF_ROWS, MASKED, ROWS, exponent, logits, names_of, own_logits, span, visible_pairs
+
+# Sums relative to the own logit that are larger are kept as minus their logarithm.
+_LARGE = gl.constexpr(2.0**80)
+_LN2 = gl.constexpr(0.6931471805599453)
+
+
+@gluon.jit
+def _partial_sum(x):
+    """[R, C] -> [R, 8]: the sums that need no exchange between threads; those are added up once at the end."""
+    return gl.sum(x.reshape([x.shape[0], x.shape[1] // 8, 8]), 1)
+
+
+@gluon.jit
+def _next(slot, phase, SLOTS: gl.constexpr):
+    """The next buffer of a ring, and the phase of its barrier."""
+    slot += 1
+    wrap = slot == SLOTS
+    return gl.where(wrap, 0, slot), phase ^ wrap.to(gl.int32)
+
+
+@gluon.jit
+def _relative_sum(total, excess):
+    """See `triton_kernels.relative_sum`."""
+    relative = total * gl.exp2(excess)
+    return gl.where(relative <= _LARGE, relative, -(gl.log2(total) + excess))
+
+
+@gluon.jit
+def _forward_fetch(
+    k_s, k_t, batch, key_head, last, count, ring, ready, free,
+    N: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    """Fetch the tiles of keys, the student's and the teacher's in turn, in the order in which they are used."""
+    slot = gl.to_tensor(0)
+    phase = gl.to_tensor(1)
+    for j in range(count):
+        at = [batch, key_head, last - j * N, 0]
+        mbarrier.wait(free.index(slot), phase)
+        mbarrier.expect(ready.index(slot), N * D * 2)
+        tma.async_copy_global_to_shared(k_s, at, ready.index(slot), ring.index(slot))
+        slot, phase = _next(slot, phase, SLOTS)
+        mbarrier.wait(free.index(slot), phase)
+        mbarrier.expect(ready.index(slot), N * D * 2)
+        tma.async_copy_global_to_shared(k_t, at, ready.index(slot), ring.index(slot))
+        slot, phase = _next(slot, phase, SLOTS)
+
+
+@gluon.jit
+def _forward_rows(
+    segments, kl, sum_s, sum_t, flags, sequence, tile_start, last, count, full, seq_len, log2_scale,
+    own_s, own_t, own_ready, ring, ready, free,
+    HALF: gl.constexpr, N: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SLOTS: gl.constexpr, SEGMENTS: gl.constexpr,
+):  # fmt: skip
+    """64 rows. Sums as in README.md, but relative to a fixed pivot, the row's maximum in the tile on the diagonal.
+
+    With the own key's logit below it, no sum comes near 0. A logit 2**127 times the pivot's weight would
+    overflow one: then the flag is raised, and another kernel does the rows again with a running maximum.
+    """
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    OF_ROWS: gl.constexpr = gl.SliceLayout(1, mma)
+    OF_KEYS: gl.constexpr = gl.SliceLayout(0, mma)
+    x_s = own_s.index(HALF).reshape([HALF_ROWS, D])
+    x_t = own_t.index(HALF).reshape([HALF_ROWS, D])
+    rows = tile_start + HALF * HALF_ROWS + gl.arange(0, HALF_ROWS, OF_ROWS)
+    none = gl.zeros([HALF_ROWS, N], gl.float32, mma)
+    slot_s = gl.to_tensor(0)
+    phase_s = gl.to_tensor(0)
+    slot_t, phase_t = _next(slot_s, phase_s, SLOTS)
+
+    # The tile on the diagonal
+    mbarrier.wait(own_ready, 0)
+    mbarrier.wait(ready.index(slot_s), phase_s)
+    y = ring.index(slot_s).reshape([N, D])
+    s = logits(x_s, y, none, K)
+    mbarrier.wait(ready.index(slot_t), phase_t)
+    y = ring.index(slot_t).reshape([N, D])
+    t = logits(x_t, y, none, K)
+    s, t = warpgroup_mma_wait(0, deps=[s, t])
+    mbarrier.arrive(free.index(slot_s))
+    mbarrier.arrive(free.index(slot_t))
+    keys = last + gl.arange(0, N, OF_KEYS)
+    own_logit_s = own_logits(s, rows, keys, log2_scale)
+    own_logit_t = own_logits(t, rows, keys, log2_scale)
+    visible = visible_pairs(segments, rows, keys, seq_len, SEGMENTS)
+    m_s = gl.max(gl.where(visible, s * log2_scale, MASKED), 1)
+    m_t = gl.max(gl.where(visible, t * log2_scale, MASKED), 1)
+    z_s = gl.where(visible, exponent(s, log2_scale, m_s), MASKED)
+    z_t = gl.where(visible, exponent(t, log2_scale, m_t), MASKED)
+    p_t = gl.exp2(z_t)
+    l_s = _partial_sum(gl.exp2(z_s))
+    l_t = _partial_sum(p_t)
+    a = _partial_sum(p_t * (z_t - z_s))
+
+    # From here on the student's product is one tile ahead. After the last tile it is taken of what the buffer holds,
+    # and not used.
+    slot_s, phase_s = _next(slot_t, phase_t, SLOTS)
+    mbarrier.wait(ready.index(slot_s), phase_s, pred=count > 1)
+    y = ring.index(slot_s).reshape([N, D])
+    s = warpgroup_mma_wait(0, deps=[logits(x_s, y, none, K)])
+    for j in range(1, full):
+        slot_t, phase_t = _next(slot_s, phase_s, SLOTS)
+        mbarrier.wait(ready.index(slot_t), phase_t)
+        y = ring.index(slot_t).reshape([N, D])
+        t = logits(x_t, y, none, K)
+        mbarrier.arrive(free.index(slot_s))
+        # beside the teacher's product
+        z_s = exponent(s, log2_scale, m_s)
+        l_s += _partial_sum(gl.exp2(z_s))
+        slot_s, phase_s = _next(slot_t, phase_t, SLOTS)
+        mbarrier.wait(ready.index(slot_s), phase_s, pred=j + 1 < count)
+        y = ring.index(slot_s).reshape([N, D])
+        s = logits(x_s, y, none, K)
+        t = warpgroup_mma_wait(1 if K == D else 2, deps=[t])
+        mbarrier.arrive(free.index(slot_t))
+        # beside the student's next product
+        z_t = exponent(t, log2_scale, m_t)
+        p_t = gl.exp2(z_t)
+        l_t += _partial_sum(p_t)
+        a += _partial_sum(p_t * (z_t - z_s))
+        s = warpgroup_mma_wait(0, deps=[s])
+
+    if SEGMENTS:
+        # Few tiles need a mask; one beside the other's product would not fit into the registers.
+        for j in range(full, count):
+            slot_t, phase_t = _next(slot_s, phase_s, SLOTS)
+            mbarrier.wait(ready.index(slot_t), phase_t)
+            y = ring.index(slot_t).reshape([N, D])
+            t = warpgroup_mma_wait(0, deps=[logits(x_t, y, none, K)])
+            mbarrier.arrive(free.index(slot_s))
+            mbarrier.arrive(free.index(slot_t))
+            visible = visible_pairs(segments, rows, last - j * N + gl.arange(0, N, OF_KEYS), seq_len, SEGMENTS)
+            z_s = gl.where(visible, exponent(s, log2_scale, m_s), MASKED)
+            z_t = gl.where(visible, exponent(t, log2_scale, m_t), MASKED)
+            p_t = gl.exp2(z_t)
+            l_s += _partial_sum(gl.exp2(z_s))
+            l_t += _partial_sum(p_t)
+            a += _partial_sum(p_t * (z_t - z_s))
+            slot_s, phase_s = _next(slot_t, phase_t, SLOTS)
+            mbarrier.wait(ready.index(slot_s), phase_s, pred=j + 1 < count)
+            y = ring.index(slot_s).reshape([N, D])
+            s = warpgroup_mma_wait(0, deps=[logits(x_s, y, none, K)])
+
+    l_s = gl.convert_layout(gl.sum(l_s, 1), OF_ROWS)
+    l_t = gl.convert_layout(gl.sum(l_t, 1), OF_ROWS)
+    a = gl.convert_layout(gl.sum(a, 1), OF_ROWS)
+    value = (a / l_t - (gl.log2(l_t) - gl.log2(l_s))) * _LN2
+    inside = rows < seq_len
+    live = inside
+    if SEGMENTS:
+        live = names_of(segments, rows, seq_len) >= 0
+    place = sequence.to(gl.int64) * seq_len + rows
+    gl.store(kl + place, gl.where(live, value, 0.0), mask=inside)
+    gl.store(sum_s + place, gl.where(live, _relative_sum(l_s, m_s - own_logit_s), 1.0), mask=inside)
+    gl.store(sum_t + place, gl.where(live, _relative_sum(l_t, m_t - own_logit_t), 1.0), mask=inside)
+    # False for NaN too
+    finite = (l_s < 1e38) & (l_t < 1e38) & (gl.abs(a) < 1e38)
+    gl.store(flags + HALF, gl.max(gl.where(live & (finite == 0), 1, 0), 0))
+
+
+@gluon.jit(do_not_specialize=["heads", "group", "seq_len"])
+def forward_kernel(
+    q_s, k_s, q_t, k_t, segments, bounds, kl, sum_s, sum_t, flags, heads, group, seq_len, log2_scale,
+    N: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SLOTS: gl.constexpr, SEGMENTS: gl.constexpr,
+):  # fmt: skip
+    """Rows of the divergence and both statistics, in one pass over the keys.
+
+    q and k are descriptors of [B, H, T, channels] in blocks [1, 1, 64, D] and [1, 1, N, D], of which K channels are
+    used; kl float32 [B, H, T], the sums too (see `triton_kernels.relative_sum`); flags int32 [B, H, row tiles, 2];
+    bounds from `segment_kernels.tile_bounds(ids, 128, N)`.
+    """
+    dtype: gl.constexpr = q_s.dtype
+    tiles = gl.cdiv(seq_len, ROWS)
+    # The last row tiles have the most keys: they go first, so that none is left running alone at the end.
+    tile = tiles - 1 - gl.program_id(0) % tiles
+    sequence = gl.program_id(0) // tiles
+    batch = sequence // heads
+    head = sequence % heads
+    start = tile * ROWS
+    last = start + ROWS - N
+    segments += batch.to(gl.int64) * seq_len
+    count, full = span(bounds, tile, tiles, batch, N, SEGMENTS)
+
+    own_s = gl.allocate_shared_memory(dtype, [2, 1, 1, HALF_ROWS, D], q_s.layout)
+    own_t = gl.allocate_shared_memory(dtype, [2, 1, 1, HALF_ROWS, D], q_t.layout)
+    ring = gl.allocate_shared_memory(dtype, [SLOTS, 1, 1, N, D], k_s.layout)
+    own_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(own_ready, count=1)
+    for i in gl.static_range(SLOTS):
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(free.index(i), count=2)
+    fence_async_shared()
+    mbarrier.expect(own_ready, 2 * ROWS * D * 2)
+    for i in gl.static_range(2):
+        tma.async_copy_global_to_shared(q_s, [batch, head, start + i * HALF_ROWS, 0], own_ready, own_s.index(i))
+        tma.async_copy_global_to_shared(q_t, [batch, head, start + i * HALF_ROWS, 0], own_ready, own_t.index(i))
+
+    flags += (sequence * tiles + tile) * 2
+    gl.warp_specialize(
+        [
+            (_forward_rows, (
+                segments, kl, sum_s, sum_t, flags, sequence, start, last, count, full, seq_len, log2_scale,
+                own_s, own_t, own_ready, ring, ready, free, 0, N, D, K, SLOTS, SEGMENTS,
+            )),
+            (_forward_rows, (
+                segments, kl, sum_s, sum_t, flags, sequence, start, last, count, full, seq_len, log2_scale,
+                own_s, own_t, own_ready, ring, ready, free, 1, N, D, K, SLOTS, SEGMENTS,
+            )),
+            (_forward_fetch, (k_s, k_t, batch, head // group, last, count, ring, ready, free, N, D, SLOTS)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip

@@ -1,0 +1,113 @@
+"""Which key tiles a tile of rows must visit, from the segment ids alone: two small launches, no waiting.
+
+Tiles are compared by the range of their ids. Where segments lie side by side and are numbered in order, rising or
+falling, as the helpers in `segments` number them, tiles whose ranges meet share a segment, and no tile is visited for
+nothing. Otherwise, more tiles than need be are visited, and masked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# The least id of a tile that has none.
+_NO_ID = tl.constexpr(2**63 - 1)
+# Tokens that a program of the first kernel reads, and tiles that one of the second reads at a time.
+_TOKENS = 1024
+_CHUNK = 1024
+
+
+@triton.jit(do_not_specialize=["seq_len"])
+def tile_ranges_kernel(segment_ids, ranges, seq_len, BLOCK_N: tl.constexpr, TILES: tl.constexpr):
+    """TILES tiles of one sequence; ranges is int64 [B, 3, tiles].
+
+    For each tile: its least id and its largest, not counting negative ones (_NO_ID and a negative number where there
+    is no other), then the id that every one of its BLOCK_N tokens has, negative where there is none.
+    """
+    tiles = tl.cdiv(seq_len, BLOCK_N)
+    programs = tl.cdiv(tiles, TILES)
+    batch = (tl.program_id(0) // programs).to(tl.int64)
+    tile = tl.program_id(0) % programs * TILES + tl.arange(0, TILES)
+    tokens = tile[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    ids = tl.load(segment_ids + batch * seq_len + tokens, mask=tokens < seq_len, other=-1).to(tl.int64)
+    least = tl.min(tl.where(ids >= 0, ids, _NO_ID), 1)
+    largest = tl.max(ids, 1)
+    only = tl.where(tl.min(ids, 1) == largest, largest, -1)
+    place = ranges + batch * 3 * tiles + tile
+    tl.store(place, least, mask=tile < tiles)
+    tl.store(place + tiles, largest, mask=tile < tiles)
+    tl.store(place + 2 * tiles, only, mask=tile < tiles)
+
+
+@triton.jit(do_not_specialize=["seq_len"])
+def tile_bounds_kernel(ranges, bounds, seq_len, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr):
+    """One row tile of one sequence, held against every tile of the sequence; see `tile_bounds`."""
+    tiles = tl.cdiv(seq_len, BLOCK_N)
+    row_tiles = tl.cdiv(seq_len, BLOCK_M)
+    row_tile = tl.program_id(0) % row_tiles
+    ranges += (tl.program_id(0) // row_tiles).to(tl.int64) * 3 * tiles
+    # The row tile is the tiles [before, after), of which the last may lie beyond the sequence.
+    before = row_tile * (BLOCK_M // BLOCK_N)
+    after = before + BLOCK_M // BLOCK_N
+    own = before + tl.arange(0, BLOCK_M // BLOCK_N)
+    least = tl.min(tl.load(ranges + own, mask=own < tiles, other=_NO_ID), 0)
+    largest = tl.max(tl.load(ranges + tiles + own, mask=own < tiles, other=-1), 0)
+
+    first, last = before, after
+    first_full, last_full = before * 0, tiles
+    for chunk in range(0, tiles, CHUNK):
+        tile = chunk + tl.arange(0, CHUNK)
+        low = tl.load(ranges + tile, mask=tile < tiles, other=_NO_ID)
+        high = tl.load(ranges + tiles + tile, mask=tile < tiles, other=-1)
+        only = tl.load(ranges + 2 * tiles + tile, mask=tile < tiles, other=-1)
+        meets = (low <= largest) & (high >= least)
+        first = tl.minimum(first, tl.min(tl.where(meets & (tile < before), tile, before), 0))
+        last = tl.maximum(last, tl.max(tl.where(meets & (tile >= after), tile + 1, after), 0))
+        mixed = only != least
+        first_full = tl.maximum(first_full, tl.max(tl.where(mixed & (tile < before), tile + 1, 0), 0))
+        last_full = tl.minimum(last_full, tl.min(tl.where(mixed & (tile >= after), tile, tiles), 0))
+
+    start = row_tile * BLOCK_M
+    end = tl.minimum(start + BLOCK_M, seq_len)
+    some = largest >= 0
+    # Rows of padding do not count: what they see is dropped.
+    single = least == largest
+    bounds += tl.program_id(0).to(tl.int64) * 4
+    tl.store(bounds, tl.where(some, first * BLOCK_N, start))
+    tl.store(bounds + 1, tl.where(single, first_full * BLOCK_N, start))
+    tl.store(bounds + 2, tl.where(single, tl.minimum(last_full * BLOCK_N, seq_len), tl.where(some, end, start)))
+    tl.store(bounds + 3, tl.where(some, tl.minimum(last * BLOCK_N, seq_len), start))
+
+
+def tile_bounds(segment_ids: Tensor, block_m: int, block_n: int) -> Tensor:
+    """Which tiles a tile of rows must visit: its keys before it, and the rows after it whose key it is.
+
+    Args:
+        segment_ids: int32 or int64 [B, T], contiguous; negative = padding.
+        block_m: rows a row tile; a multiple of block_n, both powers of two.
+        block_n: tokens a visited tile.
+
+    Returns:
+        int32 [B, ceil(T / block_m), 4], token indices (lo, lo_full, hi_full, hi): with s the first row and e the end
+        of the row tile, visit [lo, s) and, for the transposed side, [e, hi); within [lo_full, s) and [e, hi_full)
+        every token shares a segment with every row but those of padding, and needs no mask. lo and lo_full are
+        multiples of block_n; hi_full - e is one, and hi - e one or hi is T. A tile of padding only has
+        lo = lo_full = hi_full = hi = s: not even its own diagonal is to be visited.
+    """
+    assert block_m % block_n == 0, (block_m, block_n)
+    assert segment_ids.is_contiguous() and segment_ids.dtype in (torch.int32, torch.int64), segment_ids.dtype
+    batch, seq_len = segment_ids.shape
+    tiles, row_tiles = -(-seq_len // block_n), -(-seq_len // block_m)
+    at_once = max(1, _TOKENS // block_n)
+    ranges = torch.empty(batch, 3, tiles, dtype=torch.int64, device=segment_ids.device)
+    bounds = torch.empty(batch, row_tiles, 4, dtype=torch.int32, device=segment_ids.device)
+    of_ranges: dict[str, Any] = {"BLOCK_N": block_n, "TILES": at_once}
+    of_bounds: dict[str, Any] = {"BLOCK_M": block_m, "BLOCK_N": block_n, "CHUNK": _CHUNK}
+    with torch.cuda.device_of(segment_ids):
+        tile_ranges_kernel[(-(-tiles // at_once) * batch,)](segment_ids, ranges, seq_len, **of_ranges)
+        tile_bounds_kernel[(row_tiles * batch,)](ranges, bounds, seq_len, **of_bounds)
+    return bounds

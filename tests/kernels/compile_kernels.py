@@ -1,0 +1,131 @@
+r"""Compiles the kernels that the Triton backend launches, for a GPU that need not be there.
+
+    python compile_kernels.py hopper \
+        '{"architecture": "sm_90", "head_dim": 128, "dtype": "bfloat16", "segments": true}' ...
+
+It is the package's own launching code that runs, on tensors of the CPU, so that types, tile sizes and options are those
+of a real launch. In the place of a launch the kernel is compiled, or passed over: of "hopper" and "general", the first
+means those in Gluon and the second the others. Hence a process of its own, and one without TRITON_INTERPRET.
+
+One line of JSON a kernel: architecture, name, constants, and shared, bytes of shared memory a block. Of the Hopper
+kernels also what ptxas says: registers, a thread; spill_stores and spill_loads, bytes in a thread's code; serialized,
+whether asynchronous products had to be made to wait for each other. The others are not given to ptxas: float32 products
+would take it long.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+from contextlib import redirect_stdout
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from relation_kl import triton_backend
+from relation_kl.torch_backend import Operands
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+_run: Any = JITFunction.run
+
+
+class Driver:
+    """As much of a driver as it takes to compile. Devices are numbered by what they can do: 90 is an sm_90."""
+
+    device = 90
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.device, 32)
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def without_ptxas(backend: Any = None, stages: dict[str, Any] | None = None, *_: Any) -> Any:
+    """For `knobs.runtime.add_stages_inspection_hook`; called without arguments, it is asked for the cache's key."""
+
+    def no_ptx(source: Any, metadata: dict[str, Any]) -> str:
+        metadata["name"] = "none"
+        return ""
+
+    if stages is not None:
+        stages |= {"ptx": no_ptx, "cubin": lambda source, metadata: b""}
+    return "without ptxas", "without ptxas"
+
+
+def machine_code(log: str) -> dict[str, Any]:
+    """What ptxas -v says."""
+
+    def most(pattern: str) -> int:
+        return max(int(number) for number in re.findall(pattern, log))
+
+    return {
+        "registers": most(r"Used (\d+) registers"),
+        "spill_stores": most(r"(\d+) bytes spill stores"),
+        "spill_loads": most(r"(\d+) bytes spill loads"),
+        "serialized": re.search(r"\bC751\d\b|Potential Performance Loss", log) is not None,
+    }
+
+
+def launch(head_dim: int, dtype: str, segments: bool, attention: bool = False, deterministic: bool = False) -> None:
+    """Forward and backward, of a self-relation or of attention with half as many key heads."""
+    torch.use_deterministic_algorithms(deterministic)
+    student, teacher = (torch.zeros(1, 2, 256, head_dim, dtype=getattr(torch, dtype)) for _ in range(2))
+    operands = Operands(student, student, teacher, teacher, True)
+    if attention:
+        operands = Operands(student, student[:, :1].clone(), teacher, teacher[:, :1].clone(), False)
+    ids = torch.zeros(1, 256, dtype=torch.int64) if segments else None
+    rows, statistics = triton_backend.forward(operands, 1.0, ids)
+    triton_backend.backward(operands, 1.0, ids, statistics, rows)
+
+
+def main(kind: str, *cases: str) -> None:
+    """Compile what each case launches: an object of an architecture and of arguments of `launch`."""
+    hopper = {"hopper": True, "general": False}[kind]
+    driver: Any = Driver()
+    seen: set[str] = set()
+
+    def compile_and_print(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        if kernel.is_gluon() != hopper:
+            return
+        with redirect_stdout(io.StringIO()) as log:
+            compiled = _run(kernel, *args, grid=grid, warmup=True, **options)
+        if compiled.hash in seen:
+            return
+        seen.add(compiled.hash)
+        line = {
+            "architecture": f"sm_{driver.device}",
+            "name": kernel.__name__,
+            "constants": {name: value for name, value in options.items() if name.isupper()},
+            "shared": compiled.metadata.shared,
+        }
+        if hopper:
+            line |= machine_code(log.getvalue())
+        print(json.dumps(line, default=str), flush=True)
+
+    triton.runtime.driver.set_active(driver)
+    # From the cache there would be no log.
+    knobs.compilation.always_compile = True
+    if hopper:
+        knobs.nvidia.dump_ptxas_log = True
+    else:
+        hook: Any = without_ptxas
+        knobs.runtime.add_stages_inspection_hook = hook
+    with patch.object(JITFunction, "run", compile_and_print):
+        for case in map(json.loads, cases):
+            architecture = case.pop("architecture")
+            driver.device = int(architecture.removeprefix("sm_"))
+            with patch.object(triton_backend, "_architecture", lambda device, name=architecture: name):
+                launch(**case)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

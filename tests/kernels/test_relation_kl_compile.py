@@ -1,0 +1,85 @@
+"""Whether the kernels fit the GPUs that they are for: compile_kernels.py compiles them, which takes no GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="compiling kernels needs triton, which is not installed")
+pytestmark = pytest.mark.skipif(
+    tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6),
+    reason=f"the Hopper kernels need triton 3.6 or newer; this is {triton.__version__}",
+)
+
+_SCRIPT = Path(__file__).with_name("compile_kernels.py")
+_KERNELS = Path(__file__).parents[2] / "kernels"
+# Bytes of shared memory that a block can have: on Hopper, and on the least of the GPUs from Ampere on.
+_HOPPER, _LEAST = 227 * 1024, 99 * 1024
+
+
+def compile_kernels(kind: str, cases: list[dict[str, Any]], cache: Path) -> list[dict[str, Any]]:
+    """The script's lines."""
+    # conftest.py has set it for this process.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    environment["PYTHONPATH"] = os.pathsep.join([str(_KERNELS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, str(_SCRIPT), kind, *(json.dumps(case) for case in cases)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "variants"),
+    [
+        (64, [{"segments": False}, {"segments": True, "attention": True}]),
+        (128, [{"segments": False}, {"segments": True}, {"segments": True, "attention": True}]),
+    ],
+    ids=["64", "128"],
+)
+def test_hopper_kernels(
+    head_dim: int, variants: list[dict[str, bool]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """They have all the registers there are, and nearly all of the shared memory: a little more would not fit."""
+    case = {"architecture": "sm_90", "head_dim": head_dim, "dtype": "bfloat16"}
+    cases = [case | variant for variant in variants]
+    compiled = compile_kernels("hopper", cases, tmp_path_factory.mktemp("triton"))
+    names = [kernel["name"] for kernel in compiled]
+    assert names.count("forward_kernel") == 2 and names.count("backward_kernel") == len(variants)
+    for kernel in compiled:
+        constants = kernel["constants"]
+        assert constants["D"] == head_dim, kernel
+        assert kernel["shared"] <= _HOPPER, kernel
+        assert not kernel["serialized"], kernel
+        plain = not constants["SEGMENTS"] and constants.get("SELF", True)
+        assert max(kernel["spill_stores"], kernel["spill_loads"]) <= (64 if plain else 400), kernel
+
+
+def test_general_kernels(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Shared memory of what takes the most by each entry of the tile tables; segments make no difference."""
+    kinds = [
+        ("sm_90", "bfloat16", 128),
+        ("sm_90", "bfloat16", 256),
+        ("sm_89", "bfloat16", 128),
+        ("sm_89", "bfloat16", 256),
+        ("sm_80", "float32", 256),
+    ]
+    # Otherwise Hopper has kernels of its own, beside which a general one does rows again.
+    cases = [
+        {"architecture": architecture, "dtype": dtype, "head_dim": head_dim, "segments": False, "deterministic": True}
+        for architecture, dtype, head_dim in kinds
+    ]
+    cases.append({"architecture": "sm_90", "dtype": "bfloat16", "head_dim": 128, "segments": False})
+    compiled = compile_kernels("general", cases, tmp_path_factory.mktemp("triton"))
+    assert [(kernel["name"], kernel["architecture"], kernel["constants"]["HEAD_DIM"]) for kernel in compiled] == [
+        *((name, kind[0], kind[2]) for kind in kinds for name in ("forward_kernel", "backward_kernel")),
+        ("forward_again_kernel", "sm_90", 128),
+    ]
+    for kernel in compiled:
+        assert kernel["shared"] <= (_HOPPER if kernel["architecture"] == "sm_90" else _LEAST), kernel
