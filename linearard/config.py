@@ -108,7 +108,7 @@ class ParallelConfig:
     """How one sequence is spread over ranks."""
 
     sequence_parallel_size: int = 1  # P, the Ulysses degree
-    relation_parallel: str = "auto"  # auto | heads
+    relation_parallel: str = "auto"  # auto | heads | sequence
 
 
 @dataclass(frozen=True)
@@ -271,9 +271,7 @@ def check(config: Config) -> None:
     _check_window(config.teacher.window, data.seq_len)
     _check_data(data)
     _at_least("parallel.sequence_parallel_size", config.parallel.sequence_parallel_size, 1)
-    if config.parallel.relation_parallel == "sequence":
-        raise UserError("parallel.relation_parallel: sequence is not available in this version; use auto or heads")
-    _one_of("parallel.relation_parallel", config.parallel.relation_parallel, ("auto", "heads"))
+    _one_of("parallel.relation_parallel", config.parallel.relation_parallel, ("auto", "heads", "sequence"))
     if data.seq_len % config.parallel.sequence_parallel_size:
         raise UserError(
             f"data.seq_len: {data.seq_len} is not divisible by parallel.sequence_parallel_size "

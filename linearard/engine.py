@@ -55,8 +55,10 @@ class Engine:
         """
         self.config, self.context = config, context
         self.window = teacher_window(config, native.max_position_embeddings)
-        wants_local = config.parallel.relation_parallel == "auto" or context.sequence_parallel_size == 1
+        wants_local = config.parallel.relation_parallel != "heads" or context.sequence_parallel_size == 1
         self.local_windows = wants_local and shards_hold_windows(config.data.seq_len, self.window, context)
+        over_group = config.parallel.relation_parallel == "sequence" and not self.local_windows
+        self.relation_group = context.sequence_parallel_group if over_group else None
         self._ds_config = ds.complete(config)
         self.scaled = scaled_config(native, config.model.rope_parameters, config.model.existing_rope)
         self._hf_configs: list[HfDeepSpeedConfig] = []  # transformers keeps only weak references
@@ -75,7 +77,8 @@ class Engine:
             layers_of(config, native.num_hidden_layers),
             native.num_attention_heads,
             native.num_key_value_heads,
-            key_value_share=1.0 if self.local_windows else 1.0 / copies,
+            key_value_share=1.0 if self.local_windows or self.relation_group else 1.0 / copies,
+            group=self.relation_group,
         )
 
     @property
@@ -104,7 +107,8 @@ class Engine:
             FloatingPointError: loss or gradient norm is not finite; weights are left as they were.
         """
         config, device = self.config, self.context.device
-        cuts = [cut(batch, self.window, self.local_windows, self.context) for batch in batches]
+        over_group = self.relation_group is not None
+        cuts = [cut(batch, self.window, self.local_windows, over_group, self.context) for batch in batches]
         rate = self._set_learning_rate(step)
         counts = torch.tensor(
             [sum(c.relation_rows for c in cuts), sum(c.label_count for c in cuts)], dtype=torch.int64, device=device
@@ -155,7 +159,7 @@ class Engine:
             position_ids=batch.position_ids,
             use_cache=False,
             logits_to_keep=0 if want_logits else 1,
-            attention_pass=AttentionPass(batch.segments, self._ulysses, observer, batch.local_windows),
+            attention_pass=AttentionPass(batch.segments, self._ulysses, observer, batch.observe_shards),
         )
         sums = torch.zeros(2, dtype=torch.float64, device=self.context.device)
         # The output takes part even if no term reads it: ZeRO-3's hooks start there (relation gradients are added

@@ -87,7 +87,9 @@ class MicroBatch:
         teacher_input_ids, teacher_position_ids: [B * N / W, W] where shards hold whole windows, else [B, N].
         teacher_segments: of [B * N / W, W], or of [B, T] where the teacher runs inside Ulysses, too.
         local_windows: shards hold whole windows of W tokens; teacher and relations need no communication.
-        relation_segment_ids: int32 on the device, [B, N] if local_windows, else [B, T].
+        observe_shards: relations see shards of all heads, before Ulysses' all-to-all: with local windows, and where
+            they are computed over a group (relation_parallel: sequence).
+        relation_segment_ids: int32 on the device, [B, N] if observe_shards, else [B, T].
         relation_rows: valid rows of the relations in this rank's shard, for one head.
         label_count: next-token labels in this rank's shard.
     """
@@ -100,6 +102,7 @@ class MicroBatch:
     teacher_position_ids: torch.Tensor
     teacher_segments: Segments
     local_windows: bool
+    observe_shards: bool
     relation_segment_ids: torch.Tensor
     relation_rows: int
     label_count: int
@@ -110,16 +113,20 @@ def shards_hold_windows(seq_len: int, window: int, context: ParallelContext) -> 
     return (seq_len // context.sequence_parallel_size) % window == 0
 
 
-def cut(batch: dict[str, torch.Tensor], window: int, local_windows: bool, context: ParallelContext) -> MicroBatch:
+def cut(
+    batch: dict[str, torch.Tensor], window: int, local_windows: bool, observe_shards: bool, context: ParallelContext
+) -> MicroBatch:
     """Cuts a batch that is equal on all ranks of a sequence-parallel group.
 
     Args:
         batch: host tensors [B, T]: input_ids, labels, position_ids, segment_ids (negative: padding).
         window: tokens of one teacher window.
         local_windows: run teacher and relations on whole windows inside each shard (`shards_hold_windows`).
+        observe_shards: compute relations on shards of all heads; implied by local_windows.
         context: this rank's place.
     """
     device = context.device
+    observe_shards = observe_shards or local_windows
 
     def move(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.contiguous().to(device, non_blocking=True)
@@ -146,7 +153,8 @@ def cut(batch: dict[str, torch.Tensor], window: int, local_windows: bool, contex
         teacher_position_ids=move(teacher_positions),
         teacher_segments=teacher_segments,
         local_windows=local_windows,
-        relation_segment_ids=move(shard_pieces if local_windows else pieces),
+        observe_shards=observe_shards,
+        relation_segment_ids=move(shard_pieces if observe_shards else pieces),
         relation_rows=int((shard_pieces >= 0).sum()),
         label_count=int((shard_labels >= 0).sum()),
     )

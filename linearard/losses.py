@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from relation_kl import attention_kl_value_and_grad, relation_kl_value_and_grad
 from torch.utils.checkpoint import checkpoint
@@ -62,6 +63,7 @@ class RelationLoss:
         num_attention_heads: int,
         num_key_value_heads: int,
         key_value_share: float,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         """
         Args:
@@ -71,7 +73,10 @@ class RelationLoss:
             num_key_value_heads: Hkv of the whole model, the heads of kk and vv.
             key_value_share: what this rank counts of each of its key-value heads: below 1 where ranks hold
                 replicas of the same head.
+            group: the ranks over which the observed tensors are sharded along the sequence; None: they are whole,
+                or windows that need no other rank.
         """
+        self._group = group
         self.weights = weights
         self.layers = layers
         self._heads = {name: num_attention_heads if "q" in name else num_key_value_heads for name in weights}
@@ -138,13 +143,19 @@ class RelationLoss:
                     upstream,
                     softmax_scale=scaling,
                     segment_ids=segment_ids,
+                    group=self._group,
                 )
                 add("q", of_query)
                 add("k", of_key)
             else:
                 letter = name[0]
                 rows, gradient = relation_kl_value_and_grad(
-                    student[letter], teacher[letter], upstream, softmax_scale=scaling, segment_ids=segment_ids
+                    student[letter],
+                    teacher[letter],
+                    upstream,
+                    softmax_scale=scaling,
+                    segment_ids=segment_ids,
+                    group=self._group,
                 )
                 add(letter, gradient)
             total = rows.sum(dtype=torch.float64) * share

@@ -210,7 +210,6 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     ({"data.packing": "none"}, r"^data\.packing: 'none'.*documents, stream"),
     ({"data.sources": [{"path": ".", "role": "test"}]}, r"^data\.sources\.0\.role: 'test'"),
     ({"parallel.relation_parallel": "ring"}, r"^parallel\.relation_parallel: 'ring'"),
-    ({"parallel.relation_parallel": "sequence"}, r"^parallel\.relation_parallel: sequence is not .*use auto or heads"),
     ({"model.rope_parameters.fcator": 3}, r"^model\.rope_parameters\.fcator: unknown key; linear takes rope_type, "),
     # numbers out of range
     ({"train.max_steps": 0}, r"^train\.max_steps: 0 is too small; use 1 or more"),

@@ -104,7 +104,7 @@ def test_shards_hold_windows() -> None:
 @pytest.mark.parametrize(("size", "window", "local"), [(1, 16, True), (2, 16, True), (4, 16, False), (2, 24, False)])
 def test_the_shards_of_a_cut_batch_join_to_the_whole(size: int, window: int, local: bool) -> None:
     whole = batch(torch.Generator().manual_seed(3), 2)
-    cuts = [cut(whole, window, local, _context(rank, size)) for rank in range(size)]
+    cuts = [cut(whole, window, local, False, _context(rank, size)) for rank in range(size)]
     for name in ("input_ids", "labels", "position_ids"):
         assert torch.equal(torch.cat([getattr(c, name) for c in cuts], 1), whole[name]), name
     pieces = torch.tensor(_slow_pieces(whole["segment_ids"], window), dtype=torch.int32)

@@ -50,6 +50,8 @@ def _train(cases: list[Case], size: int, model: str, out: str) -> None:
         config = configuration.from_dict(raw)
         configuration.check(config)
         engine = Engine(config, load_model_config(config.model), context)
+        over_group = case["relation_parallel"] == "sequence" and case["window"] == 24
+        assert (engine.relation_group is not None) == (over_group and size > 1)
         generator = torch.Generator().manual_seed(1)
         gradients: dict[str, torch.Tensor] = {}
         results = []
@@ -96,12 +98,18 @@ def _case(stage: int, trainable: str, teacher: str, **more: Any) -> Case:
 MODELS = [("lora", "shared"), ("lora", "replica"), ("qkv", "replica"), ("full", "replica")]
 REFERENCES = [_case(3, trainable, teacher) for trainable, teacher in MODELS]
 # Windows of 24 tokens do not fit into shards: teacher and relations then run inside Ulysses.
-REFERENCES += [_case(3, "lora", "shared", window=24)]
+REFERENCES += [_case(3, "lora", "shared", window=24), _case(3, "qkv", "replica", window=24)]
 MATRIX = [_case(stage, trainable, teacher) for stage in (1, 2, 3) for trainable, teacher in MODELS[:3]]
 HEADS = [
     _case(3, "lora", "shared", relation_parallel="heads"),
     _case(3, "lora", "shared", window=24),
     _case(1, "qkv", "replica", relation_parallel="heads"),
+]
+# Relations on shards, keys exchanged: windows that cross borders, and (full) the whole context.
+SEQUENCE = [
+    _case(3, "lora", "shared", window=24, relation_parallel="sequence"),
+    _case(1, "qkv", "replica", window=24, relation_parallel="sequence"),
+    _case(3, "lora", "shared", relation_parallel="sequence"),
 ]
 WORLDS: dict[tuple[int, int], list[Case]] = {
     (1, 1): [
@@ -111,10 +119,10 @@ WORLDS: dict[tuple[int, int], list[Case]] = {
         _case(3, "qkv", "replica", checkpointing=False),
     ],
     (2, 1): [*MATRIX, _case(3, "full", "replica")],
-    (2, 2): [*MATRIX, *HEADS, _case(3, "lora", "shared", accumulation=2), _case(2, "full", "replica"),
+    (2, 2): [*MATRIX, *HEADS, *SEQUENCE, _case(3, "lora", "shared", accumulation=2), _case(2, "full", "replica"),
              _case(3, "lora", "shared", checkpointing=False)],
     (4, 2): [*(_case(stage, *MODELS[i]) for i, stage in enumerate((1, 2, 3))), HEADS[0]],
-    (4, 4): [*MATRIX, *HEADS],
+    (4, 4): [*MATRIX, *HEADS, *SEQUENCE],
 }  # fmt: skip
 
 

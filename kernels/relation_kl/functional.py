@@ -8,10 +8,12 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import torch_backend
+from .sequence_parallel import SequenceParallel
 from .torch_backend import Operands
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -44,7 +46,12 @@ def relation_kl(
             negative id are padding: they give 0, get a gradient of 0 and take no part, whatever they hold.
             None = one segment. The tokens of a segment need not be neighbours, nor the ids in order, but only
             where ids rise or fall along the sequence does the Triton backend visit no tile in vain.
-        group: reserved for a process group over which the sequence is sharded; must be None.
+        group: torch process group over which the sequence is sharded contiguously, in the order of its ranks;
+            T, equal on all, is then the local length, and segment_ids the local shard of a numbering of the whole.
+            Each rank gets its own rows; gradients are those of the sum over all ranks. A collective call: it waits
+            for the other ranks (and the device, where segment_ids are given). Where a segment reaches beyond
+            its shard, every rank computes with PyTorch, whatever the backend; otherwise nothing is exchanged but the
+            ranges of the ids. None = the whole sequence is here.
         backend: "triton" (CUDA, or CPU under TRITON_INTERPRET=1), "torch" (any device; reads segment_ids on
             the host) or "auto": triton on CUDA where it can be imported, else torch. On Hopper GPUs 16-bit
             inputs of up to 128 channels have kernels of their own, whose gradients differ in the last bits from run
@@ -57,10 +64,10 @@ def relation_kl(
 
     Raises:
         ValueError: an argument does not fit; the message names it.
-        NotImplementedError: group is not None.
+        RuntimeError: another rank of group failed, or did not come within the group's time-out.
     """
     scale = _check_relation(student, teacher, softmax_scale, segment_ids, group)
-    module = _choose_backend(backend, student)
+    module = _choose_backend(backend, student, group)
     return _RelationKL.apply(student, teacher.detach(), segment_ids, scale, module)
 
 
@@ -94,10 +101,10 @@ def attention_kl(
 
     Raises:
         ValueError: an argument does not fit; the message names it.
-        NotImplementedError: group is not None.
+        RuntimeError: another rank of group failed, or did not come within the group's time-out.
     """
     scale = _check_attention(student_q, student_k, teacher_q, teacher_k, softmax_scale, segment_ids, group)
-    module = _choose_backend(backend, student_q)
+    module = _choose_backend(backend, student_q, group)
     return _AttentionKL.apply(student_q, student_k, teacher_q.detach(), teacher_k.detach(), segment_ids, scale, module)
 
 
@@ -131,12 +138,12 @@ def relation_kl_value_and_grad(
 
     Raises:
         ValueError: an argument does not fit; the message names it.
-        NotImplementedError: group is not None.
+        RuntimeError: another rank of group failed, or did not come within the group's time-out.
     """
     scale = _check_relation(student, teacher, softmax_scale, segment_ids, group)
     _check_row_grad(row_grad, student)
     operands = Operands(student.detach(), student.detach(), teacher.detach(), teacher.detach(), True)
-    module = _choose_backend(backend, student)
+    module = _choose_backend(backend, student, group)
     rows, grad, _ = module.value_and_grad(operands, scale, segment_ids, row_grad.detach())
     return rows, grad
 
@@ -171,13 +178,15 @@ def attention_kl_value_and_grad(
 
     Raises:
         ValueError: an argument does not fit; the message names it.
-        NotImplementedError: group is not None.
+        RuntimeError: another rank of group failed, or did not come within the group's time-out.
     """
     scale = _check_attention(student_q, student_k, teacher_q, teacher_k, softmax_scale, segment_ids, group)
     _check_row_grad(row_grad, student_q)
     operands = Operands(student_q.detach(), student_k.detach(), teacher_q.detach(), teacher_k.detach(), False)
-    module = _choose_backend(backend, student_q)
-    return module.value_and_grad(operands, scale, segment_ids, row_grad.detach())
+    module = _choose_backend(backend, student_q, group)
+    rows, grad_q, grad_k = module.value_and_grad(operands, scale, segment_ids, row_grad.detach())
+    assert grad_k is not None
+    return rows, grad_q, grad_k
 
 
 class _RelationKL(torch.autograd.Function):
@@ -188,7 +197,7 @@ class _RelationKL(torch.autograd.Function):
         teacher: Tensor,
         segment_ids: Tensor | None,
         softmax_scale: float,
-        module: ModuleType,
+        module: ModuleType | SequenceParallel,
     ) -> Tensor:
         operands = Operands(student, student, teacher, teacher, True)
         rows, statistics = module.forward(operands, softmax_scale, segment_ids)
@@ -217,7 +226,7 @@ class _AttentionKL(torch.autograd.Function):
         teacher_k: Tensor,
         segment_ids: Tensor | None,
         softmax_scale: float,
-        module: ModuleType,
+        module: ModuleType | SequenceParallel,
     ) -> Tensor:
         operands = Operands(student_q, student_k, teacher_q, teacher_k, False)
         rows, statistics = module.forward(operands, softmax_scale, segment_ids)
@@ -234,8 +243,15 @@ class _AttentionKL(torch.autograd.Function):
         return grad_q, grad_k, None, None, None, None, None
 
 
-def _choose_backend(backend: str, student: Tensor) -> ModuleType:
-    """The module that computes: each has forward, backward and value_and_grad with the same signatures."""
+def _choose_backend(backend: str, student: Tensor, group: Any) -> ModuleType | SequenceParallel:
+    """What computes: it has forward, backward and value_and_grad, with the same signatures for every backend."""
+    module = _choose_module(backend, student)
+    if group is None or dist.get_world_size(group) == 1:
+        return module
+    return SequenceParallel(group, module)
+
+
+def _choose_module(backend: str, student: Tensor) -> ModuleType:
     if backend not in _BACKENDS:
         raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(map(repr, _BACKENDS))}")
     if backend == "auto":
@@ -313,11 +329,8 @@ def _check_type(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 
 def _check_common(student: Tensor, softmax_scale: float | None, segment_ids: Tensor | None, group: Any) -> float:
     """Returns the softmax scale."""
-    if group is not None:
-        raise NotImplementedError(
-            f"group is {group!r}: a sequence sharded over a process group is not supported yet; pass "
-            "group=None with the whole sequence"
-        )
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise ValueError(f"group is {group!r}; it must be a torch process group that this process is in, or None")
     if segment_ids is not None:
         expected = (student.shape[0], student.shape[2])
         if tuple(segment_ids.shape) != expected:

@@ -39,7 +39,7 @@ class Teacher:
             segments=batch.teacher_segments,
             ulysses=None if batch.local_windows else self._ulysses,
             observer=observer,
-            observe_shards=batch.local_windows,
+            observe_shards=batch.observe_shards,
         )
         module = self._module
         was_training = module.training

@@ -1,0 +1,166 @@
+"""A sequence sharded over gloo ranks against the same sequence whole, in float64 and in the ranks' own precision."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import relation_kl as rk
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from relation_kl import sequence_parallel
+from torch import Tensor
+
+
+def spawn(ranks: int, function: Callable[..., None], folder: Path, *arguments: Any) -> None:
+    mp.spawn(_process, (ranks, str(folder / "rendezvous"), function, arguments), nprocs=ranks)
+
+
+def _process(rank: int, ranks: int, rendezvous: str, function: Callable[..., None], arguments: Any) -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
+    torch.set_num_threads(1)
+    wait = timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks, timeout=wait)
+    try:
+        function(*arguments)
+    finally:
+        dist.destroy_process_group()
+
+
+def ids_of(kind: str, batch: int, length: int, shard: int) -> Tensor | None:
+    index = torch.arange(length).expand(batch, -1)
+    if kind == "one":
+        return None
+    if kind == "crossing":  # documents of uneven lengths, across the borders of shards
+        return (index + 3) // (shard + 2)
+    if kind == "windows":  # whole windows in every shard
+        return index // shard
+    if kind == "right":  # padding at the end of the last shard, another amount in each row
+        return torch.where(index < length - 3 * torch.arange(batch)[:, None] - 2, 0, -1)
+    if kind == "documents":
+        return torch.randint(-1, 4, (batch, length)).sort(-1).values
+    assert kind == "scattered", kind
+    return torch.randint(-1, 3, (batch, length))
+
+
+def check_all(dtypes: list[torch.dtype]) -> None:
+    """Every case on the ranks of this group; fp32 to 1e-5 relative, bf16 as close as one process."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    group = dist.group.WORLD
+    for dtype in dtypes:
+        for key_heads in (None, 2):
+            for shard in (1, 9):
+                # Few rows at a time where there are many.
+                sequence_parallel._CPU_LOGITS = 100 if shard == 9 else 2**20
+                for kind in ("one", "crossing", "windows", "right", "documents", "scattered"):
+                    check(rank, ranks, group, dtype, key_heads, shard, kind)
+
+
+def check(rank: int, ranks: int, group: Any, dtype: torch.dtype, key_heads: int | None, shard: int, kind: str) -> None:
+    torch.manual_seed(shard)
+    batch, heads, length, dim = 2, 4, ranks * shard, 8
+    ids = ids_of(kind, batch, length, shard)
+    students = [torch.randn(batch, h, length, dim) for h in ((heads,) if key_heads is None else (heads, key_heads))]
+    teachers = [x + 0.3 * torch.randn_like(x) for x in students]
+    if ids is not None:
+        padding = (ids < 0)[:, None, :, None]
+        students = [x.masked_fill(padding, float("nan")) for x in students]
+        teachers = [x.masked_fill(padding, float("inf")) for x in teachers]
+    students, teachers = [x.to(dtype) for x in students], [x.to(dtype) for x in teachers]
+    upstream = torch.randn(batch, length, heads).transpose(1, 2)
+    mine = slice(rank * shard, (rank + 1) * shard)
+
+    def run(cut: slice, kind_of: torch.dtype, function: Any, **options: Any) -> list[Tensor]:
+        leaves = [x[:, :, cut].to(kind_of).requires_grad_() for x in students]
+        rows = function(*leaves, *(x[:, :, cut].to(kind_of) for x in teachers), **options)
+        return [rows.detach(), *torch.autograd.grad(rows, leaves, upstream[:, :, cut].to(rows.dtype))]
+
+    name = "relation_kl" if key_heads is None else "attention_kl"
+    shard_ids = None if ids is None else ids[:, mine]
+    got = run(mine, dtype, getattr(rk, name), segment_ids=shard_ids, group=group, backend="torch")
+    one = run(slice(None), dtype, getattr(rk, name), segment_ids=ids, backend="torch")
+    truth = run(slice(None), torch.float64, getattr(rk.reference, name), segment_ids=ids)
+    case = f"{name} {dtype} {kind} shard {shard} of {ranks}, key heads {key_heads}, rank {rank}"
+    for a, b, c in zip(got, one, truth, strict=True):
+        b, c = b[:, :, mine].double(), c[:, :, mine]
+        scale = max(1.0, float(c.abs().max()))
+        assert a.isfinite().all(), case
+        if dtype == torch.float32:
+            assert float((a - b).abs().max()) <= 1e-5 * scale, (case, float((a - b).abs().max()))
+        assert float((a - c).abs().max()) <= 2 * float((b - c).abs().max()) + 2e-6 * scale, case
+    if key_heads is None:
+        same = rk.relation_kl_value_and_grad(
+            students[0][:, :, mine].nan_to_num(), students[0][:, :, mine].nan_to_num(), upstream[:, :, mine],
+            segment_ids=shard_ids, group=group,
+        )  # fmt: skip
+        assert all((x == 0).all() for x in same), case
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+def test_sharded_is_whole(ranks: int, tmp_path: Path) -> None:
+    spawn(ranks, check_all, tmp_path, [torch.float32, torch.bfloat16] if ranks in (2, 4) else [torch.float32])
+
+
+def count_elements() -> None:
+    """The largest tensor that any rank makes, and what moves, by the plan."""
+    rank, ranks, shard = dist.get_rank(), dist.get_world_size(), 32
+    x = torch.randn(1, 2, shard, 8)
+    sizes: list[int] = []
+    empty_like = torch.empty_like
+
+    def counted(*arguments: Any, **options: Any) -> Tensor:
+        result = empty_like(*arguments, **options)
+        sizes.append(result.numel())
+        return result
+
+    torch.empty_like = counted
+    sequence_parallel.torch.empty_like = counted
+    rk.relation_kl_value_and_grad(x, x.flip(2), torch.ones(1, 2, shard), group=dist.group.WORLD, backend="torch")
+    assert max(sizes) <= x.numel() // 2, "a buffer is a chunk: half a shard"
+    # rows: one of two chunks is another rank's; keys: student and teacher, forward and backward
+    assert sum(sizes) <= (2 * 5 + 4 * 2 * (ranks - 1)) * x.numel() // 2, (rank, sum(sizes))
+
+    sizes.clear()
+    ids = torch.full((1, shard), rank)
+    rk.relation_kl_value_and_grad(
+        x, x.flip(2), torch.ones(1, 2, shard), segment_ids=ids, group=dist.group.WORLD, backend="torch"
+    )
+    assert not [size for size in sizes if size == x.numel() // 2], "windows inside shards exchange nothing"
+
+
+def test_memory_is_that_of_a_shard(tmp_path: Path) -> None:
+    spawn(4, count_elements, tmp_path)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8, 16])
+def test_work_is_balanced(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one segment no rank visits more than 1.1 times the average."""
+    monkeypatch.setattr(dist, "get_rank", lambda group=None: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: ranks)
+    plan = sequence_parallel.SequenceParallel(None, rk.reference)._plan(torch.empty(1, 1, 64, 8), None)
+    assert plan is not None
+    assert sorted(c for rows in plan.rows for c in rows) == list(range(2 * ranks))
+    work = [sum(sum(plan.sees[r]) - 0.5 for r in rows) for rows in plan.rows]
+    assert max(work) <= 1.1 * sum(work) / ranks
+
+
+def one_rank_dies() -> None:
+    x = torch.randn(1, 2, 8, 8)
+    if dist.get_rank() == 1:
+        os._exit(3)
+    began = time.monotonic()
+    with pytest.raises(RuntimeError):
+        rk.relation_kl(x, x, group=dist.group.WORLD, backend="torch")
+    assert time.monotonic() - began < 60
+    os._exit(0)
+
+
+def test_a_dead_rank_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(mp.ProcessExitedException, match="exit code 3"):
+        spawn(2, one_rank_dies, tmp_path)
