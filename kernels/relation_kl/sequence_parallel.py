@@ -5,12 +5,14 @@ with many, so that all work alike (with one segment: chunks w and 2 P - 1 - w, a
 holds the keys of the rank d before it, while those of step d + 1 are on their way; chunks that none of its rows can
 see are neither sent nor computed. Statistics stay with the rows. In backward the gradient of fetched keys goes back to
 their owner in float32, where it is added up in the order of the steps. A rank holds its own shard, the rows that it
-computes (as many again) and two shards of keys in flight: memory O(T), T the local length.
+computes (as many again), the keys of one step and of the next, and what is on its way out: memory O(T), T the local
+length, whatever P is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -65,6 +67,17 @@ class _Plan:
         return slice(0, first) if chunk % 2 == 0 else slice(first, first + second)
 
 
+def _exactly(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Without autograd, and in the precision written down, as the torch backend computes."""
+
+    @functools.wraps(function)
+    def wrapped(self: Any, operands: Operands, *arguments: Any) -> Any:
+        with torch.no_grad(), torch.autocast(operands.student_q.device.type, enabled=False):
+            return function(self, operands, *arguments)
+
+    return wrapped
+
+
 class SequenceParallel:
     """A backend over the ranks of a group, with the methods of the backend modules.
 
@@ -76,6 +89,7 @@ class SequenceParallel:
     def __init__(self, group: Any, local: ModuleType) -> None:
         self.group, self.local = group, local
 
+    @_exactly
     def forward(
         self, operands: Operands, softmax_scale: float, segment_ids: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -85,16 +99,14 @@ class SequenceParallel:
             return self.local.forward(operands, softmax_scale, segment_ids)
         rows = self._fetch_rows(plan, operands, segment_ids, None, ())
         states = [_State.start(chunk.q_s) for chunk in rows]
-        for owner, keys in self._fetch_keys(plan, operands, segment_ids):
-            for chunk, (k_s, k_t, ids) in keys.items():
-                for number, mine, state in zip(plan.rows[plan.rank], rows, states, strict=True):
-                    if plan.sees[number][chunk]:
-                        state.add(mine, k_s, k_t, ids, softmax_scale, number == chunk)
-            del owner
+        for _, keys in self._fetch_keys(plan, operands, segment_ids):
+            _visit_forward(plan, rows, states, keys, softmax_scale)
+            keys.clear()
         results = [state.rows(mine.ids) for mine, state in zip(rows, states, strict=True)]
         values = self._return_rows(plan, results, operands.student_q.shape[:3])
         return values, tuple(torch.cat(each, 2) for each in zip(*(state.statistics() for state in states), strict=True))
 
+    @_exactly
     def backward(
         self,
         operands: Operands,
@@ -113,13 +125,8 @@ class SequenceParallel:
         k_grad = torch.zeros(k.shape, dtype=_working(k), device=k.device)
         returns = _Returns(self, plan, k_grad)
         for owner, keys in self._fetch_keys(plan, operands, segment_ids):
-            found = {}
-            for chunk, (k_s, k_t, ids) in keys.items():
-                found[chunk] = torch.zeros_like(k_s, dtype=_working(k))
-                for number, mine, grad in zip(plan.rows[plan.rank], rows, q_grads, strict=True):
-                    if plan.sees[number][chunk]:
-                        _add_gradients(mine, k_s, k_t, ids, softmax_scale, number == chunk, grad, found[chunk])
-            returns.send(owner, found)
+            returns.send(owner, _visit_backward(plan, rows, q_grads, keys, softmax_scale))
+            keys.clear()
         returns.finish()
         q_grad = self._return_rows(plan, q_grads, q.shape)
         if operands.self_relation:
@@ -145,9 +152,9 @@ class SequenceParallel:
             ranges = torch.stack([_id_range(part) for part in segment_ids.split(lengths[0], 1)])
             if lengths[1] == 0:
                 ranges = torch.cat([ranges, _id_range(segment_ids[:, :0])[None]])
-            gathered = ranges.new_empty(2 * ranks, *ranges.shape[1:])
-            dist.all_gather_into_tensor(gathered, ranges, group=self.group)
-            low, high = gathered.cpu().unbind(-1)  # [2 P, B]
+            gathered = [torch.empty_like(ranges) for _ in range(ranks)]
+            dist.all_gather(gathered, ranges, group=self.group)
+            low, high = torch.cat(gathered).cpu().unbind(-1)  # [2 P, B]
             meet = ((low[:, None] <= high[None]) & (high[:, None] >= low[None])).any(-1).tolist()
             sees = [[c <= r and meet[r][c] for c in chunks] for r in chunks]
         if not any(sees[r][c] for r in chunks for c in chunks if r // 2 != c // 2):
@@ -176,7 +183,7 @@ class SequenceParallel:
     ) -> list[_Rows]:
         """The chunks whose rows this rank computes, its own or another's."""
         sources = [operands.student_q, operands.teacher_q]
-        sources += [] if row_grad is None else [row_grad.to(_working(row_grad))]
+        sources += [] if row_grad is None else [row_grad.to(_working(operands.student_q))]
         sources += [] if segment_ids is None else [segment_ids.long()]
         parts = {c: [_cut(x, plan.span(c)) for x in sources] for c in (2 * plan.rank, 2 * plan.rank + 1)}
         moves = [(c, c // 2, w) for w, chunks in enumerate(plan.rows) for c in chunks]
@@ -219,8 +226,13 @@ class SequenceParallel:
         _wait(_start(operations))
         return found
 
-    def _fetch_keys(self, plan: _Plan, operands: Operands, segment_ids: Tensor | None) -> Any:
-        """For each step (owner, {chunk: (k_s, k_t, ids)}), the next step's keys on their way meanwhile."""
+    def _fetch_keys(
+        self, plan: _Plan, operands: Operands, segment_ids: Tensor | None
+    ) -> Iterator[tuple[int, dict[int, list[Tensor]]]]:
+        """For each step (owner, {chunk: [k_s, k_t, ids]}), the next step's keys on their way meanwhile.
+
+        Whoever takes a step's keys clears them when done: nothing else holds them.
+        """
         sources = [operands.student_k, operands.teacher_k]
         sources += [] if segment_ids is None else [segment_ids.long()]
 
@@ -235,19 +247,43 @@ class SequenceParallel:
                 operations += [self._send(_cut(x, plan.span(chunk)), worker) for x in sources]
             return owner, buffers, _start(operations)
 
-        following = begin(0)
+        owner, keys, works = begin(0)
         for step in range(plan.ranks):
-            owner, keys, works = following
             _wait(works)
-            if step + 1 < plan.ranks:
-                following = begin(step + 1)
-            yield owner, {c: (x[0], x[1], x[2] if segment_ids is not None else None) for c, x in keys.items()}
+            following = begin(step + 1) if step + 1 < plan.ranks else None
+            yield owner, keys
+            if following is not None:
+                owner, keys, works = following
+                del following
 
     def _send(self, x: Tensor, peer: int) -> dist.P2POp:
         return dist.P2POp(dist.isend, x, group=self.group, group_peer=peer)
 
     def _receive(self, x: Tensor, peer: int) -> dist.P2POp:
         return dist.P2POp(dist.irecv, x, group=self.group, group_peer=peer)
+
+
+def _visit_forward(
+    plan: _Plan, rows: list[_Rows], states: list[_State], keys: dict[int, list[Tensor]], scale: float
+) -> None:
+    """Take in the keys of one step."""
+    for chunk, (k_s, k_t, *ids) in keys.items():
+        for number, mine, state in zip(plan.rows[plan.rank], rows, states, strict=True):
+            if plan.sees[number][chunk]:
+                state.add(mine, k_s, k_t, ids[0] if ids else None, scale, number == chunk)
+
+
+def _visit_backward(
+    plan: _Plan, rows: list[_Rows], q_grads: list[Tensor], keys: dict[int, list[Tensor]], scale: float
+) -> dict[int, Tensor]:
+    """Adds to the rows' gradients; returns those of one step's keys."""
+    found = {}
+    for chunk, (k_s, k_t, *ids) in keys.items():
+        found[chunk] = torch.zeros_like(k_s, dtype=_working(k_s))
+        for number, mine, grad in zip(plan.rows[plan.rank], rows, q_grads, strict=True):
+            if plan.sees[number][chunk]:
+                _add_gradients(mine, k_s, k_t, ids[0] if ids else None, scale, number == chunk, grad, found[chunk])
+    return found
 
 
 class _Returns:
@@ -411,3 +447,4 @@ def _start(operations: list[dist.P2POp]) -> list[Any]:
 def _wait(works: list[Any]) -> None:
     for work in works:
         work.wait()
+    works.clear()  # they hold the tensors

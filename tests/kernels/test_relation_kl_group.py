@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from relation_kl import sequence_parallel
+from relation_kl.torch_backend import Operands
 from torch import Tensor
 
 
@@ -102,6 +104,24 @@ def check(rank: int, ranks: int, group: Any, dtype: torch.dtype, key_heads: int 
         assert all((x == 0).all() for x in same), case
 
 
+def autocast_and_wide_gradients() -> None:
+    """Neither changes anything; nor does a float64 upstream gradient on one rank only."""
+    rank, group = dist.get_rank(), dist.group.WORLD
+    torch.manual_seed(rank)
+    x = torch.randn(1, 2, 16, 8)
+    y, g = x + 0.3 * torch.randn_like(x), torch.randn(1, 2, 16)
+    plain = rk.relation_kl_value_and_grad(x, y, g, group=group, backend="torch")
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = rk.relation_kl_value_and_grad(x, y, g, group=group, backend="torch")
+    wide = rk.relation_kl_value_and_grad(x, y, g.double() if rank else g, group=group, backend="torch")
+    for a, b, c in zip(plain, cast, wide, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+def test_autocast_and_the_type_of_the_upstream_gradient(tmp_path: Path) -> None:
+    spawn(2, autocast_and_wide_gradients, tmp_path)
+
+
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8])
 def test_sharded_is_whole(ranks: int, tmp_path: Path) -> None:
     spawn(ranks, check_all, tmp_path, [torch.float32, torch.bfloat16] if ranks in (2, 4) else [torch.float32])
@@ -126,6 +146,30 @@ def count_elements() -> None:
     # rows: one of two chunks is another rank's; keys: student and teacher, forward and backward
     assert sum(sizes) <= (2 * 5 + 4 * 2 * (ranks - 1)) * x.numel() // 2, (rank, sum(sizes))
 
+    # Alive when a step is computed: the keys of that step and of the next, student's and teacher's.
+    plan = sequence_parallel.SequenceParallel(dist.group.WORLD, rk.torch_backend)
+    made: list[weakref.ref[Tensor]] = []
+
+    def watched(*arguments: Any, **options: Any) -> Tensor:
+        result = empty_like(*arguments, **options)
+        made.append(weakref.ref(result))
+        return result
+
+    torch.empty_like = watched
+    visit, alive = sequence_parallel._visit_forward, []
+
+    def visited(*arguments: Any) -> None:
+        alive.append(sum(ref() is not None for ref in made))
+        visit(*arguments)
+
+    sequence_parallel._visit_forward = visited
+    plan.forward(Operands(x, x, x, x, True), 1.0, None)
+    sequence_parallel._visit_forward = visit
+    torch.empty_like = counted
+    assert len(alive) == ranks
+    # Two chunks of two tensors a step, two steps, and the rows of one chunk.
+    assert max(alive) <= 2 * 2 * 2 + 2, alive
+
     sizes.clear()
     ids = torch.full((1, shard), rank)
     rk.relation_kl_value_and_grad(
@@ -135,7 +179,7 @@ def count_elements() -> None:
 
 
 def test_memory_is_that_of_a_shard(tmp_path: Path) -> None:
-    spawn(4, count_elements, tmp_path)
+    spawn(6, count_elements, tmp_path)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8, 16])
