@@ -42,6 +42,7 @@ def names_of(segments, tokens, seq_len):
 
 @gluon.jit
 def visible_pairs(segments, rows, keys, seq_len, SEGMENTS: gl.constexpr):
+    """[rows, keys]: whether the key is at or before the row and, with SEGMENTS, in its segment."""
     visible = keys[None, :] <= rows[:, None]
     if SEGMENTS:
         row_names = names_of(segments, rows, seq_len)

@@ -21,11 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .torch_backend import Operands
+from .torch_backend import Operands, logits_budget
 
-# Logits a buffer, see torch_backend.
-_CPU_LOGITS = 2**20
-_GPU_LOGITS = 2**25
+# Stands for -inf, but its differences are no NaN.
 _MASKED = -1e30
 
 
@@ -410,8 +408,7 @@ def _logits(
 
 def _row_parts(q: Tensor, k: Tensor) -> list[slice]:
     """Rows at once, so that a buffer of logits keeps to its budget."""
-    budget = _CPU_LOGITS if q.device.type == "cpu" else _GPU_LOGITS
-    step = max(1, budget // (q.shape[0] * q.shape[1] * max(1, k.shape[2])))
+    step = max(1, logits_budget(q.device) // (q.shape[0] * q.shape[1] * max(1, k.shape[2])))
     return [slice(i, min(i + step, q.shape[2])) for i in range(0, q.shape[2], step)]
 
 
@@ -436,7 +433,7 @@ def _like(x: Tensor, span: slice) -> Tensor:
     """Its shape, type and device, without its memory."""
     shape = list(x.shape)
     shape[1 if x.dim() == 2 else 2] = span.stop - span.start
-    return x.new_empty(0).expand(0).new_empty(shape) if 0 in shape else x.new_empty(1).expand(shape)
+    return x.new_empty(1).expand(shape)
 
 
 def _start(operations: list[dist.P2POp]) -> list[Any]:

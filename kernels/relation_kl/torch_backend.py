@@ -200,10 +200,15 @@ def _dense(
     return kl, dq, dk
 
 
+def logits_budget(device: torch.device) -> int:
+    """Logits that a buffer may hold on a device."""
+    return _CPU_LOGITS if device.type == "cpu" else _GPU_LOGITS
+
+
 def _blocks(q: Tensor, key_heads: int, segment_ids: Tensor | None) -> Iterator[_Block]:
     """Cut the problem into blocks whose chunks of logits fit the budget."""
     batch, heads, seq_len, _ = q.shape
-    budget = _CPU_LOGITS if q.device.type == "cpu" else _GPU_LOGITS
+    budget = logits_budget(q.device)
     if segment_ids is None:
         for rows, head_range in _cut(batch, seq_len, heads, key_heads, budget):
             yield _Block(rows, None, None, head_range)

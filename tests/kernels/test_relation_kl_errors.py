@@ -68,7 +68,7 @@ def test_row_grad() -> None:
         rk.attention_kl_value_and_grad(X, K, X, K, torch.ones(2, 4, 8, dtype=torch.long))
 
 
-def test_group_that_is_none() -> None:
+def test_group_must_be_a_process_group() -> None:
     with pytest.raises(ValueError, match=r"group is .*process group"):
         rk.relation_kl(X, X, group=object())
 

@@ -15,7 +15,7 @@ import relation_kl as rk
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from relation_kl import sequence_parallel
+from relation_kl import sequence_parallel, torch_backend
 from relation_kl.torch_backend import Operands
 from torch import Tensor
 
@@ -59,7 +59,7 @@ def check_all(dtypes: list[torch.dtype]) -> None:
         for key_heads in (None, 2):
             for shard in (1, 9):
                 # Few rows at a time where there are many.
-                sequence_parallel._CPU_LOGITS = 100 if shard == 9 else 2**20
+                torch_backend._CPU_LOGITS = 100 if shard == 9 else 2**20
                 for kind in ("one", "crossing", "windows", "right", "documents", "scattered"):
                     check(rank, ranks, group, dtype, key_heads, shard, kind)
 
@@ -157,7 +157,7 @@ def count_elements() -> None:
         return result
 
     torch.empty_like = watched
-    parallel = sequence_parallel.SequenceParallel(dist.group.WORLD, rk.torch_backend)
+    parallel = sequence_parallel.SequenceParallel(dist.group.WORLD, torch_backend)
     parallel.forward(Operands(x, x, x, x, True), 1.0, None)
     torch.empty_like = empty_like
     assert max(alive) <= 2 * 2 * 2 + 2, alive
