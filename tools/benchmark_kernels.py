@@ -19,6 +19,8 @@ time they take at that rate over the measured time. Dense versions are credited 
 FlashAttention, the faster one; "sdpa_flash" is the FlashAttention-2 that torch carries). With segments SDPA runs one
 segment, the longest, and the ratio is that of the times per pair of tokens: for scale only.
 
+Under a launcher (deepspeed or torchrun), with more than one process, one sequence is sharded: see benchmark_group.py.
+
 Memory: the peak of a forward and backward beyond inputs, upstream and returned gradients; fp32/row/head is the same in
 numbers of 4 bytes per row and head.
 """
@@ -42,6 +44,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+import benchmark_group
 import numpy as np
 import relation_kl as rk
 import torch
@@ -129,6 +132,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # started by a launcher
+        return benchmark_group.main(options, lambda: machine(options))
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or torch refuses matrix products
         torch.use_deterministic_algorithms(True)
@@ -412,6 +417,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--deterministic", action="store_true", help="torch.use_deterministic_algorithms(True), for SDPA too")
     add("--skip-gate", action="store_true", help="time kernels without checking them; the heading says so")
     add("--csv", type=Path, metavar="PATH", help="one line a measurement, with all conditions; overwritten")
+    add("--local_rank", type=int, help="what the deepspeed launcher passes; not used")
     add("--commit", metavar="TEXT", help="what to write as commit where git cannot tell")
     options = parser.parse_args(arguments)
     options.kv_heads = options.kv_heads or max(1, options.heads // 4)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import torch_backend
+from . import torch_backend, torch_visit
 from .sequence_parallel import SequenceParallel
 from .torch_backend import Operands
 
@@ -248,7 +248,11 @@ def _choose_backend(backend: str, student: Tensor, group: Any) -> ModuleType | S
     module = _choose_module(backend, student)
     if group is None or dist.get_world_size(group) == 1:
         return module
-    return SequenceParallel(group, module)
+    if module is torch_backend:
+        return SequenceParallel(group, module, torch_visit)
+    from . import triton_visit
+
+    return SequenceParallel(group, module, triton_visit)
 
 
 def _choose_module(backend: str, student: Tensor) -> ModuleType:

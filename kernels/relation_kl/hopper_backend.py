@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,8 +12,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .hopper_backward import backward_kernel
 from .hopper_forward import forward_kernel
+from .launch import launch
 from .tiles import HOPPER_ROWS, Pipeline
 from .torch_backend import Operands
+from .torch_visit import Visit
+
+if TYPE_CHECKING:
+    from .triton_visit import Places
 
 _LOG2_E = 1.4426950408889634
 _TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
@@ -25,8 +30,8 @@ _OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
 
 def can_fetch(operands: Operands) -> bool:
     """Whether TMA can read all four: channels side by side, everything else at multiples of 16 bytes."""
-    tensors = operands.student_q, operands.student_k, operands.teacher_q, operands.teacher_k
-    return all(_fetchable(x) for x in tensors)
+    keys = () if operands.self_relation else (operands.student_k, operands.teacher_k)
+    return all(_fetchable(x) for x in (operands.student_q, operands.teacher_q, *keys))
 
 
 def forward(
@@ -47,14 +52,18 @@ def forward(
     q, k = operands.student_q, operands.student_k
     batch, heads, seq_len, _ = q.shape
     tiles = -(-seq_len // HOPPER_ROWS)
-    kl, sum_s, sum_t = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(3))
+    kl = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    sum_s, sum_t = torch.empty_like(kl), torch.empty_like(kl)
     flags = torch.empty(batch, heads, tiles, 2, dtype=torch.int32, device=q.device)
     names, bounds = segments or (flags, flags)
-    launch: Any = forward_kernel[(tiles * batch * heads,)]
     launch(
+        forward_kernel,
+        tiles * batch * heads,
         *_descriptors(operands, pipeline),
         names,
         bounds,
+        kl,
+        kl,
         kl,
         sum_s,
         sum_t,
@@ -62,9 +71,11 @@ def forward(
         heads,
         heads // k.shape[1],
         seq_len,
+        0,
+        seq_len,
         softmax_scale * _LOG2_E,
         **{"N": pipeline.block_n, "D": pipeline.block_d, "K": pipeline.block_k, "SLOTS": pipeline.slots},
-        **{"SEGMENTS": segments is not None},
+        **{"SEGMENTS": segments is not None, "VISIT": False},
         **_OPTIONS,
     )
     return kl, sum_s, sum_t, flags
@@ -101,11 +112,14 @@ def backward(
     key_grad = torch.zeros(k.shape, dtype=torch.float32, device=k.device)
     grad = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     names, bounds = segments or (sum_s, sum_s)
-    launch: Any = backward_kernel[(tiles * batch * heads,)]
     launch(
+        backward_kernel,
+        tiles * batch * heads,
         *_descriptors(operands, pipeline),
         names,
         bounds,
+        sum_s,
+        sum_t,
         sum_s,
         sum_t,
         row_grad,
@@ -115,17 +129,115 @@ def backward(
         heads,
         heads // k.shape[1],
         seq_len,
+        0,
+        seq_len,
         channels,
         softmax_scale * _LOG2_E,
         softmax_scale,
         **{"N": pipeline.block_n, "D": pipeline.block_d, "K": pipeline.block_k, "SEGMENTS": segments is not None},
-        **{"SELF": operands.self_relation, "NARROW": unit is not None},
+        **{"SELF": operands.self_relation, "NARROW": unit is not None, "VISIT": False},
         **_OPTIONS,
     )
     factor = softmax_scale if unit is None else unit * softmax_scale
     if operands.self_relation:
         return torch.mul(key_grad, factor, out=grad), None
     return grad, torch.mul(key_grad, factor, out=torch.empty(k.shape, dtype=k.dtype, device=k.device))
+
+
+def forward_visit(
+    visit: Visit,
+    places: Places,
+    softmax_scale: float,
+    pipeline: Pipeline,
+    segments: tuple[Tensor, Tensor] | None,
+    pivots: tuple[Tensor, Tensor],
+    sums: tuple[Tensor, Tensor, Tensor],
+) -> Tensor:
+    """What `triton_visit.forward` asks for: writes the sums, and returns flags as `forward` does.
+
+    Args:
+        visit: for whose tensors `can_fetch` holds.
+        places: of the visit.
+        softmax_scale: factor of the logits.
+        pipeline: as for `forward`.
+        segments: ids and bounds of the common sequence, or None.
+        pivots: m_s and m_t, float32 [B, H, R].
+        sums: l_s, l_t and a, float32 [B, H, R].
+    """
+    batch, heads, rows, _ = visit.q_s.shape
+    tiles = -(-rows // HOPPER_ROWS)
+    l_s, l_t, a = sums
+    flags = torch.empty(batch, heads, tiles, 2, dtype=torch.int32, device=a.device)
+    launch(
+        forward_kernel,
+        tiles * batch * heads,
+        *_descriptors(Operands(visit.q_s, visit.k_s, visit.q_t, visit.k_t, False), pipeline),
+        *(segments or (flags, flags)),
+        a,
+        *pivots,
+        l_s,
+        l_t,
+        flags,
+        heads,
+        heads // visit.k_s.shape[1],
+        places.seq_len,
+        places.first_row,
+        places.keys_end,
+        softmax_scale * _LOG2_E,
+        **{"N": pipeline.block_n, "D": pipeline.block_d, "K": pipeline.block_k, "SLOTS": pipeline.slots},
+        **{"SEGMENTS": segments is not None, "VISIT": True},
+        **_OPTIONS,
+    )
+    return flags
+
+
+def backward_visit(
+    visit: Visit,
+    places: Places,
+    softmax_scale: float,
+    pipeline: Pipeline,
+    segments: tuple[Tensor, Tensor] | None,
+    statistics: tuple[Tensor, ...],
+    row_grad: Tensor,
+    q_grad: Tensor,
+    k_grad: Tensor,
+) -> None:
+    """What `triton_visit.backward` asks for: adds to q_grad and k_grad, float32 and contiguous, in no fixed order.
+
+    Args:
+        visit: as for `forward_visit`.
+        places: as for `forward_visit`.
+        softmax_scale: factor of the logits; not of the gradients.
+        pipeline: as for `forward`.
+        segments: as for `forward_visit`.
+        statistics: m_s, m_t, l_s, l_t, float32 [B, H, R], contiguous.
+        row_grad: float32 [B, H, R], contiguous.
+        q_grad: [B, H, R, D].
+        k_grad: [B, key heads, N, D].
+    """
+    batch, heads, rows, channels = visit.q_s.shape
+    launch(
+        backward_kernel,
+        -(-rows // HOPPER_ROWS) * batch * heads,
+        *_descriptors(Operands(visit.q_s, visit.k_s, visit.q_t, visit.k_t, False), pipeline),
+        *(segments or (row_grad, row_grad)),
+        *statistics,
+        row_grad,
+        row_grad,
+        _descriptor(k_grad, _HALF, pipeline.block_d // 2),
+        _descriptor(q_grad, _HALF, pipeline.block_d // 2),
+        heads,
+        heads // visit.k_s.shape[1],
+        places.seq_len,
+        places.first_row,
+        places.keys_end,
+        channels,
+        softmax_scale * _LOG2_E,
+        1.0,
+        **{"N": pipeline.block_n, "D": pipeline.block_d, "K": pipeline.block_k, "SEGMENTS": segments is not None},
+        **{"SELF": False, "NARROW": False, "VISIT": True},
+        **_OPTIONS,
+    )
 
 
 def _descriptors(operands: Operands, pipeline: Pipeline) -> tuple[TensorDescriptor, ...]:
@@ -141,19 +253,30 @@ def _descriptors(operands: Operands, pipeline: Pipeline) -> tuple[TensorDescript
 
 def _descriptor(x: Tensor, tokens: int, channels: int) -> TensorDescriptor:
     """Of x [B, H, T, D] in blocks [1, 1, tokens, channels]; what lies beyond T and D reads as 0."""
+    blank = _blank_descriptor(x.shape, x.stride(), x.dtype, tokens, channels)
+    descriptor = TensorDescriptor.__new__(TensorDescriptor)
+    descriptor.__dict__.update(blank.__dict__, base=x)
+    return descriptor
+
+
+@lru_cache(maxsize=1024)
+def _blank_descriptor(
+    shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, tokens: int, channels: int
+) -> TensorDescriptor:
+    """Of an empty tensor: to make and to check one takes the host as long as to launch a kernel."""
     block = [1, 1, tokens, channels]
     # The stride of a dimension of 1 is never used, but TMA wants it at a multiple of 16 bytes too.
-    strides = [stride if size > 1 else 64 for size, stride in zip(x.shape, x.stride(), strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], block, _layout(tokens, channels, x.dtype))
-
-
-@lru_cache
-def _layout(tokens: int, channels: int, dtype: torch.dtype) -> Any:
-    return gl.NVMMASharedLayout.get_default_for([1, 1, tokens, channels], _TYPES[dtype])
+    outer = [stride if size > 1 else 64 for size, stride in zip(shape[:3], strides[:3], strict=True)]
+    layout: Any = gl.NVMMASharedLayout.get_default_for(block, _TYPES[dtype])
+    return TensorDescriptor(torch.empty(0, dtype=dtype), list(shape), [*outer, 1], block, layout)
 
 
 def _fetchable(x: Tensor) -> bool:
-    unit = 16 // x.element_size()
-    outer = zip(x.shape[:3], x.stride()[:3], strict=True)
-    aligned = all(size == 1 or (stride > 0 and stride % unit == 0) for size, stride in outer)
-    return aligned and (x.stride(3) == 1 or x.shape[3] == 1) and x.data_ptr() % 16 == 0
+    return x.data_ptr() % 16 == 0 and _strides_fit(x.shape, x.stride(), x.element_size())
+
+
+@lru_cache(maxsize=1024)
+def _strides_fit(shape: torch.Size, strides: tuple[int, ...], element_size: int) -> bool:
+    outer = zip(shape[:3], strides[:3], strict=True)
+    aligned = all(size == 1 or (stride > 0 and stride * element_size % 16 == 0) for size, stride in outer)
+    return aligned and (strides[3] == 1 or shape[3] == 1)

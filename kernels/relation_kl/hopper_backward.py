@@ -48,13 +48,16 @@ def _clear_padding(tile, segments, start, seq_len):
 
 
 @gluon.jit
-def _mask_weights(weights, segments, row_start, key_start, seq_len, SEGMENTS: gl.constexpr):
+def _mask_weights(
+    weights, segments, row_start, key_start, seq_len, keys_end, SEGMENTS: gl.constexpr, VISIT: gl.constexpr
+):  # fmt: skip
     """Set those of invisible pairs to 0, in shared memory, where it takes no registers from the loop around it."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     rows = row_start + gl.arange(0, weights.shape[0], gl.SliceLayout(1, LAYOUT))
     keys = key_start + gl.arange(0, weights.shape[1], gl.SliceLayout(0, LAYOUT))
     w = weights.load(LAYOUT)
-    weights.store(gl.where(visible_pairs(segments, rows, keys, seq_len, SEGMENTS), w, gl.zeros_like(w)))
+    visible = visible_pairs(segments, rows, keys, seq_len, keys_end, SEGMENTS, VISIT)
+    weights.store(gl.where(visible, w, gl.zeros_like(w)))
 
 
 @gluon.jit
@@ -86,12 +89,12 @@ def _stage(x, left, right):
 
 @gluon.jit
 def _backward_rows(
-    segments, sum_s, sum_t, row_grad, unit, key_grad, grad,
-    batch, head, heads, key_head, tile_start, last, count, full, seq_len, channels, log2_scale, softmax_scale,
-    own_s, own_t, own_ready, ring_s, ring_t, ready_s, ready_t, free_s, free_t,
+    segments, pivot_s, pivot_t, sum_s, sum_t, row_grad, unit, key_grad, grad,
+    batch, head, heads, key_head, tile_start, last, count, full, seq_len, first_row, keys_end, channels, log2_scale,
+    softmax_scale, own_s, own_t, own_ready, ring_s, ring_t, ready_s, ready_t, free_s, free_t,
     weights, weights_ready, weights_free, stage,
     HALF: gl.constexpr, N: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SEGMENTS: gl.constexpr, SELF: gl.constexpr,
-    NARROW: gl.constexpr,
+    NARROW: gl.constexpr, VISIT: gl.constexpr,
 ):  # fmt: skip
     """64 rows and, of each tile of keys, 64 keys, for which both warpgroups' weights are needed."""
     dtype: gl.constexpr = ring_s.dtype
@@ -104,7 +107,10 @@ def _backward_rows(
     live = rows < seq_len
     if SEGMENTS:
         live = names_of(segments, rows, seq_len) >= 0
-    place = (batch * heads + head).to(gl.int64) * seq_len + rows
+    if VISIT:
+        place = (batch * heads + head).to(gl.int64) * (seq_len - first_row) + rows - first_row
+    else:
+        place = (batch * heads + head).to(gl.int64) * seq_len + rows
     l_s = gl.load(sum_s + place, mask=live, other=1.0)
     l_t = gl.load(sum_t + place, mask=live, other=1.0)
     g = gl.load(row_grad + place, mask=live, other=0.0)
@@ -126,11 +132,15 @@ def _backward_rows(
     s, t = warpgroup_mma_wait(0, deps=[s, t])
     mbarrier.arrive(free_t)
     # W = g (e_s / l_s - e_t / l_t) = (e_s r - e_t) g / l_t: r is 1, and W is 0, where student and teacher are equal.
-    keys = last + gl.arange(0, N, OF_KEYS)
-    m_s = gl.where(live, own_logits(s, rows, keys, log2_scale) - gl.minimum(l_s, 0.0), 0.0)
-    m_t = gl.where(live, own_logits(t, rows, keys, log2_scale) - gl.minimum(l_t, 0.0), 0.0)
-    l_s = gl.where(l_s > 0, l_s, 1.0)
-    l_t = gl.where(l_t > 0, l_t, 1.0)
+    if VISIT:
+        m_s = gl.load(pivot_s + place, mask=live, other=0.0)
+        m_t = gl.load(pivot_t + place, mask=live, other=0.0)
+    else:
+        keys = last + gl.arange(0, N, OF_KEYS)
+        m_s = gl.where(live, own_logits(s, rows, keys, log2_scale) - gl.minimum(l_s, 0.0), 0.0)
+        m_t = gl.where(live, own_logits(t, rows, keys, log2_scale) - gl.minimum(l_t, 0.0), 0.0)
+        l_s = gl.where(l_s > 0, l_s, 1.0)
+        l_t = gl.where(l_t > 0, l_t, 1.0)
     r = gl.div_rn(l_t, l_s)
     g = g / l_t
     e_s = gl.exp2(exponent(s, log2_scale, m_s))
@@ -150,7 +160,10 @@ def _backward_rows(
         barrier()
         weights.index(HALF).store(w.to(dtype))
         if masked:
-            _mask_weights(weights.index(HALF + fresh), segments + fresh, start + fresh, key_start, seq_len, SEGMENTS)
+            _mask_weights(
+                weights.index(HALF + fresh), segments + fresh, start + fresh, key_start, seq_len, keys_end,
+                SEGMENTS, VISIT,
+            )  # fmt: skip
             if SEGMENTS:
                 mine = ring_s.index(slot).reshape([N, D]).slice(HALF * (N // 2), N // 2, dim=0)
                 _clear_padding(mine, segments + fresh, key_start + HALF * (N // 2), seq_len)
@@ -194,7 +207,13 @@ def _backward_rows(
 
     tma.store_wait(0)
     barrier()
-    if SELF:
+    if VISIT:
+        spare = weights.index(HALF)._reinterpret(gl.float32, [1, 1, HALF_ROWS, D // 2], key_grad.layout)
+        _stage(acc, stage.index(HALF), spare)
+        _reduce_add(grad, [batch, head, start - first_row, 0], stage.index(HALF))
+        _reduce_add(grad, [batch, head, start - first_row, D // 2], spare)
+        tma.store_wait(0)
+    elif SELF:
         spare = weights.index(HALF)._reinterpret(gl.float32, [1, 1, HALF_ROWS, D // 2], key_grad.layout)
         _stage(acc, stage.index(HALF), spare)
         _reduce_add(key_grad, [batch, key_head, start, 0], stage.index(HALF))
@@ -212,29 +231,38 @@ def _backward_rows(
         gl.store(pointers, (acc * factor).to(dtype), mask=inside)
 
 
-@gluon.jit(do_not_specialize=["heads", "group", "seq_len"])
+@gluon.jit(do_not_specialize=["heads", "group", "seq_len", "first_row", "keys_end"])
 def backward_kernel(
-    q_s, k_s, q_t, k_t, segments, bounds, sum_s, sum_t, row_grad, unit, key_grad, grad,
-    heads, group, seq_len, channels, log2_scale, softmax_scale,
+    q_s, k_s, q_t, k_t, segments, bounds, pivot_s, pivot_t, sum_s, sum_t, row_grad, unit, key_grad, grad,
+    heads, group, seq_len, first_row, keys_end, channels, log2_scale, softmax_scale,
     N: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SEGMENTS: gl.constexpr, SELF: gl.constexpr, NARROW: gl.constexpr,
+    VISIT: gl.constexpr,
 ):  # fmt: skip
     """Each tile of S once: W = g (Ps - Pt), then W k for the rows and W' q for the keys.
 
     key_grad is a descriptor of float32 [B, key heads, T, channels], zero at first, in blocks [1, 1, 64, D / 2]: the
     keys' gradient is added up there, not multiplied by softmax_scale, in no fixed order. With SELF the rows' is
     too; else it goes to grad [B, H, T, channels], finished. With NARROW, row_grad is in units of unit[0].
+
+    In a visit grad is a descriptor like key_grad, of the rows, to which theirs is added; unit is not looked at.
+    Pivots, first_row and keys_end are for visits only.
     """
     dtype: gl.constexpr = q_s.dtype
     tiles = gl.cdiv(seq_len, ROWS)
-    tile = tiles - 1 - gl.program_id(0) % tiles
-    sequence = gl.program_id(0) // tiles
+    own_tiles = tiles
+    if VISIT:
+        own_tiles = tiles - first_row // ROWS
+    tile = tiles - 1 - gl.program_id(0) % own_tiles
+    sequence = gl.program_id(0) // own_tiles
     batch = sequence // heads
     head = sequence % heads
     key_head = head // group
     start = tile * ROWS
-    last = start + ROWS - N
     segments += batch.to(gl.int64) * seq_len
-    count, full = span(bounds, tile, tiles, batch, N, SEGMENTS)
+    last, count, full = span(bounds, tile, tiles, batch, keys_end, N, SEGMENTS, VISIT)
+    own = start
+    if VISIT:
+        own = start - first_row
 
     own_s = gl.allocate_shared_memory(dtype, [2, 1, 1, HALF_ROWS, D], q_s.layout)
     own_t = gl.allocate_shared_memory(dtype, [2, 1, 1, HALF_ROWS, D], q_t.layout)
@@ -261,22 +289,22 @@ def backward_kernel(
     fence_async_shared()
     mbarrier.expect(own_ready, 2 * ROWS * D * 2)
     for i in gl.static_range(2):
-        tma.async_copy_global_to_shared(q_s, [batch, head, start + i * HALF_ROWS, 0], own_ready, own_s.index(i))
-        tma.async_copy_global_to_shared(q_t, [batch, head, start + i * HALF_ROWS, 0], own_ready, own_t.index(i))
+        tma.async_copy_global_to_shared(q_s, [batch, head, own + i * HALF_ROWS, 0], own_ready, own_s.index(i))
+        tma.async_copy_global_to_shared(q_t, [batch, head, own + i * HALF_ROWS, 0], own_ready, own_t.index(i))
 
     gl.warp_specialize(
         [
             (_backward_rows, (
-                segments, sum_s, sum_t, row_grad, unit, key_grad, grad,
-                batch, head, heads, key_head, start, last, count, full, seq_len, channels, log2_scale, softmax_scale,
-                own_s, own_t, own_ready, ring_s, ring_t, ready_s, ready_t, free_s, free_t,
-                weights, weights_ready, weights_free, stage, 0, N, D, K, SEGMENTS, SELF, NARROW,
+                segments, pivot_s, pivot_t, sum_s, sum_t, row_grad, unit, key_grad, grad,
+                batch, head, heads, key_head, start, last, count, full, seq_len, first_row, keys_end, channels,
+                log2_scale, softmax_scale, own_s, own_t, own_ready, ring_s, ring_t, ready_s, ready_t, free_s, free_t,
+                weights, weights_ready, weights_free, stage, 0, N, D, K, SEGMENTS, SELF, NARROW, VISIT,
             )),
             (_backward_rows, (
-                segments, sum_s, sum_t, row_grad, unit, key_grad, grad,
-                batch, head, heads, key_head, start, last, count, full, seq_len, channels, log2_scale, softmax_scale,
-                own_s, own_t, own_ready, ring_s, ring_t, ready_s, ready_t, free_s, free_t,
-                weights, weights_ready, weights_free, stage, 1, N, D, K, SEGMENTS, SELF, NARROW,
+                segments, pivot_s, pivot_t, sum_s, sum_t, row_grad, unit, key_grad, grad,
+                batch, head, heads, key_head, start, last, count, full, seq_len, first_row, keys_end, channels,
+                log2_scale, softmax_scale, own_s, own_t, own_ready, ring_s, ring_t, ready_s, ready_t, free_s, free_t,
+                weights, weights_ready, weights_free, stage, 1, N, D, K, SEGMENTS, SELF, NARROW, VISIT,
             )),
             (_backward_fetch, (
                 k_s, k_t, batch, key_head, last, count, ring_s, ring_t, ready_s, ready_t, free_s, free_t, N, D,

@@ -6,6 +6,9 @@ asynchronously, and each place that waits says for what. Tiles of keys are visit
 tried besides, and what it gave, is in README.md.
 
 Logits are kept in units of log 2, so that exponentials are exp2.
+
+Tokens are counted along one sequence of keys and rows; in a visit (VISIT) the keys are the tokens [0, keys_end) and the
+rows those from first_row on, as in `triton_kernels`.
 """
 
 # What the decorators make of these functions is not what pyright reads.
@@ -41,9 +44,11 @@ def names_of(segments, tokens, seq_len):
 
 
 @gluon.jit
-def visible_pairs(segments, rows, keys, seq_len, SEGMENTS: gl.constexpr):
+def visible_pairs(segments, rows, keys, seq_len, keys_end, SEGMENTS: gl.constexpr, VISIT: gl.constexpr):
     """[rows, keys]: whether the key is at or before the row and, with SEGMENTS, in its segment."""
     visible = keys[None, :] <= rows[:, None]
+    if VISIT:
+        visible = visible & (keys < keys_end)[None, :]
     if SEGMENTS:
         row_names = names_of(segments, rows, seq_len)
         key_names = names_of(segments, keys, seq_len)
@@ -75,12 +80,19 @@ def logits(x, y, none, K: gl.constexpr):
 
 
 @gluon.jit
-def span(bounds, tile, tiles, batch, N: gl.constexpr, SEGMENTS: gl.constexpr):
-    """(tiles of keys to visit, how many of them, counted from the diagonal, need no mask but on the diagonal)."""
-    end = (tile + 1) * ROWS
+def span(bounds, tile, tiles, batch, keys_end, N: gl.constexpr, SEGMENTS: gl.constexpr, VISIT: gl.constexpr):
+    """(first token of the last tile of keys; tiles of keys to visit from there backwards, one at least; how many of
+    them, counted from there, need no mask but in the first)."""
+    # The compiler is to see that this is where the rows begin, for N = ROWS: half of the pairs need no work then.
+    last = tile * ROWS + ROWS - N
+    if VISIT:
+        last = gl.minimum(last, gl.cdiv(keys_end, N) * N - N)
     lo = 0
     lo_full = 0
     if SEGMENTS:
         lo = gl.load(bounds + (batch * tiles + tile) * 4)
         lo_full = gl.load(bounds + (batch * tiles + tile) * 4 + 1)
-    return gl.cdiv(end - lo, N), gl.maximum(gl.cdiv(end - lo_full, N), 1)
+    count = gl.cdiv(last + N - lo, N)
+    if VISIT:
+        count = gl.maximum(count, 1)
+    return last, count, gl.maximum(gl.cdiv(last + N - lo_full, N), 1)

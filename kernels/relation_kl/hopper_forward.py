@@ -64,14 +64,16 @@ def _forward_fetch(
 
 @gluon.jit
 def _forward_rows(
-    segments, kl, sum_s, sum_t, flags, sequence, tile_start, last, count, full, seq_len, log2_scale,
-    own_s, own_t, own_ready, ring, ready, free,
+    segments, kl, pivot_s, pivot_t, sum_s, sum_t, flags, sequence, tile_start, last, count, full, seq_len,
+    first_row, keys_end, log2_scale, own_s, own_t, own_ready, ring, ready, free,
     HALF: gl.constexpr, N: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SLOTS: gl.constexpr, SEGMENTS: gl.constexpr,
+    VISIT: gl.constexpr,
 ):  # fmt: skip
     """64 rows. Sums as in README.md, but relative to a fixed pivot, the row's maximum in the tile on the diagonal.
 
     With the own key's logit below it, no sum comes near 0. A logit 2**127 times the pivot's weight would
-    overflow one: then the flag is raised, and another kernel does the rows again with a running maximum.
+    overflow one: then the flag is raised, and another kernel does the rows again with a running maximum. In a visit
+    the pivots are given.
     """
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     OF_ROWS: gl.constexpr = gl.SliceLayout(1, mma)
@@ -96,11 +98,17 @@ def _forward_rows(
     mbarrier.arrive(free.index(slot_s))
     mbarrier.arrive(free.index(slot_t))
     keys = last + gl.arange(0, N, OF_KEYS)
-    own_logit_s = own_logits(s, rows, keys, log2_scale)
-    own_logit_t = own_logits(t, rows, keys, log2_scale)
-    visible = visible_pairs(segments, rows, keys, seq_len, SEGMENTS)
-    m_s = gl.max(gl.where(visible, s * log2_scale, MASKED), 1)
-    m_t = gl.max(gl.where(visible, t * log2_scale, MASKED), 1)
+    if VISIT:
+        place = sequence.to(gl.int64) * (seq_len - first_row) + rows - first_row
+        m_s = gl.load(pivot_s + place, mask=rows < seq_len, other=0.0)
+        m_t = gl.load(pivot_t + place, mask=rows < seq_len, other=0.0)
+        visible = visible_pairs(segments, rows, keys, seq_len, keys_end, SEGMENTS, VISIT)
+    else:
+        own_logit_s = own_logits(s, rows, keys, log2_scale)
+        own_logit_t = own_logits(t, rows, keys, log2_scale)
+        visible = visible_pairs(segments, rows, keys, seq_len, keys_end, SEGMENTS, VISIT)
+        m_s = gl.max(gl.where(visible, s * log2_scale, MASKED), 1)
+        m_t = gl.max(gl.where(visible, t * log2_scale, MASKED), 1)
     z_s = gl.where(visible, exponent(s, log2_scale, m_s), MASKED)
     z_t = gl.where(visible, exponent(t, log2_scale, m_t), MASKED)
     p_t = gl.exp2(z_t)
@@ -145,7 +153,9 @@ def _forward_rows(
             t = warpgroup_mma_wait(0, deps=[logits(x_t, y, none, K)])
             mbarrier.arrive(free.index(slot_s))
             mbarrier.arrive(free.index(slot_t))
-            visible = visible_pairs(segments, rows, last - j * N + gl.arange(0, N, OF_KEYS), seq_len, SEGMENTS)
+            visible = visible_pairs(
+                segments, rows, last - j * N + gl.arange(0, N, OF_KEYS), seq_len, keys_end, SEGMENTS, VISIT
+            )
             z_s = gl.where(visible, exponent(s, log2_scale, m_s), MASKED)
             z_t = gl.where(visible, exponent(t, log2_scale, m_t), MASKED)
             p_t = gl.exp2(z_t)
@@ -160,42 +170,55 @@ def _forward_rows(
     l_s = gl.convert_layout(gl.sum(l_s, 1), OF_ROWS)
     l_t = gl.convert_layout(gl.sum(l_t, 1), OF_ROWS)
     a = gl.convert_layout(gl.sum(a, 1), OF_ROWS)
-    value = (a / l_t - (gl.log2(l_t) - gl.log2(l_s))) * _LN2
     inside = rows < seq_len
     live = inside
     if SEGMENTS:
         live = names_of(segments, rows, seq_len) >= 0
-    place = sequence.to(gl.int64) * seq_len + rows
-    gl.store(kl + place, gl.where(live, value, 0.0), mask=inside)
-    gl.store(sum_s + place, gl.where(live, _relative_sum(l_s, m_s - own_logit_s), 1.0), mask=inside)
-    gl.store(sum_t + place, gl.where(live, _relative_sum(l_t, m_t - own_logit_t), 1.0), mask=inside)
+    if VISIT:
+        place = sequence.to(gl.int64) * (seq_len - first_row) + rows - first_row
+        gl.store(kl + place, a, mask=inside)
+        gl.store(sum_s + place, l_s, mask=inside)
+        gl.store(sum_t + place, l_t, mask=inside)
+    else:
+        place = sequence.to(gl.int64) * seq_len + rows
+        value = (a / l_t - (gl.log2(l_t) - gl.log2(l_s))) * _LN2
+        gl.store(kl + place, gl.where(live, value, 0.0), mask=inside)
+        gl.store(sum_s + place, gl.where(live, _relative_sum(l_s, m_s - own_logit_s), 1.0), mask=inside)
+        gl.store(sum_t + place, gl.where(live, _relative_sum(l_t, m_t - own_logit_t), 1.0), mask=inside)
     # False for NaN too
     finite = (l_s < 1e38) & (l_t < 1e38) & (gl.abs(a) < 1e38)
     gl.store(flags + HALF, gl.max(gl.where(live & (finite == 0), 1, 0), 0))
 
 
-@gluon.jit(do_not_specialize=["heads", "group", "seq_len"])
+@gluon.jit(do_not_specialize=["heads", "group", "seq_len", "first_row", "keys_end"])
 def forward_kernel(
-    q_s, k_s, q_t, k_t, segments, bounds, kl, sum_s, sum_t, flags, heads, group, seq_len, log2_scale,
-    N: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SLOTS: gl.constexpr, SEGMENTS: gl.constexpr,
+    q_s, k_s, q_t, k_t, segments, bounds, kl, pivot_s, pivot_t, sum_s, sum_t, flags, heads, group, seq_len,
+    first_row, keys_end, log2_scale,
+    N: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SLOTS: gl.constexpr, SEGMENTS: gl.constexpr, VISIT: gl.constexpr,
 ):  # fmt: skip
     """Rows of the divergence and both statistics, in one pass over the keys.
 
     q and k are descriptors of [B, H, T, channels] in blocks [1, 1, 64, D] and [1, 1, N, D], of which K channels are
     used; kl float32 [B, H, T], the sums too (see `triton_kernels.relative_sum`); flags int32 [B, H, row tiles, 2];
-    bounds from `segment_kernels.tile_bounds(ids, 128, N)`.
+    bounds from `segment_kernels.tile_bounds(ids, 128, N)`. In a visit kl is a, the sums are themselves, and relative to
+    the pivots (`torch_visit.State`); otherwise pivots, first_row and keys_end are not looked at.
     """
     dtype: gl.constexpr = q_s.dtype
     tiles = gl.cdiv(seq_len, ROWS)
+    own_tiles = tiles
+    if VISIT:
+        own_tiles = tiles - first_row // ROWS
     # The last row tiles have the most keys: they go first, so that none is left running alone at the end.
-    tile = tiles - 1 - gl.program_id(0) % tiles
-    sequence = gl.program_id(0) // tiles
+    tile = tiles - 1 - gl.program_id(0) % own_tiles
+    sequence = gl.program_id(0) // own_tiles
     batch = sequence // heads
     head = sequence % heads
     start = tile * ROWS
-    last = start + ROWS - N
     segments += batch.to(gl.int64) * seq_len
-    count, full = span(bounds, tile, tiles, batch, N, SEGMENTS)
+    last, count, full = span(bounds, tile, tiles, batch, keys_end, N, SEGMENTS, VISIT)
+    own = start
+    if VISIT:
+        own = start - first_row
 
     own_s = gl.allocate_shared_memory(dtype, [2, 1, 1, HALF_ROWS, D], q_s.layout)
     own_t = gl.allocate_shared_memory(dtype, [2, 1, 1, HALF_ROWS, D], q_t.layout)
@@ -210,19 +233,21 @@ def forward_kernel(
     fence_async_shared()
     mbarrier.expect(own_ready, 2 * ROWS * D * 2)
     for i in gl.static_range(2):
-        tma.async_copy_global_to_shared(q_s, [batch, head, start + i * HALF_ROWS, 0], own_ready, own_s.index(i))
-        tma.async_copy_global_to_shared(q_t, [batch, head, start + i * HALF_ROWS, 0], own_ready, own_t.index(i))
+        tma.async_copy_global_to_shared(q_s, [batch, head, own + i * HALF_ROWS, 0], own_ready, own_s.index(i))
+        tma.async_copy_global_to_shared(q_t, [batch, head, own + i * HALF_ROWS, 0], own_ready, own_t.index(i))
 
-    flags += (sequence * tiles + tile) * 2
+    flags += (sequence * own_tiles + tile - (tiles - own_tiles)) * 2
     gl.warp_specialize(
         [
             (_forward_rows, (
-                segments, kl, sum_s, sum_t, flags, sequence, start, last, count, full, seq_len, log2_scale,
-                own_s, own_t, own_ready, ring, ready, free, 0, N, D, K, SLOTS, SEGMENTS,
+                segments, kl, pivot_s, pivot_t, sum_s, sum_t, flags, sequence, start, last, count, full, seq_len,
+                first_row, keys_end, log2_scale, own_s, own_t, own_ready, ring, ready, free,
+                0, N, D, K, SLOTS, SEGMENTS, VISIT,
             )),
             (_forward_rows, (
-                segments, kl, sum_s, sum_t, flags, sequence, start, last, count, full, seq_len, log2_scale,
-                own_s, own_t, own_ready, ring, ready, free, 1, N, D, K, SLOTS, SEGMENTS,
+                segments, kl, pivot_s, pivot_t, sum_s, sum_t, flags, sequence, start, last, count, full, seq_len,
+                first_row, keys_end, log2_scale, own_s, own_t, own_ready, ring, ready, free,
+                1, N, D, K, SLOTS, SEGMENTS, VISIT,
             )),
             (_forward_fetch, (k_s, k_t, batch, head // group, last, count, ring, ready, free, N, D, SLOTS)),
         ],

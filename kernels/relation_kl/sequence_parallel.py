@@ -21,10 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .torch_backend import Operands, logits_budget
-
-# Stands for -inf, but its differences are no NaN.
-_MASKED = -1e30
+from .torch_backend import Operands
+from .torch_visit import State, Visit, own_logits
 
 
 class _Rows(NamedTuple):
@@ -33,8 +31,7 @@ class _Rows(NamedTuple):
     q_s: Tensor  # [B, H, R, D]
     q_t: Tensor
     ids: Tensor | None  # [B, R]
-    statistics: tuple[Tensor, ...]  # of backward: m_s, m_t, l_s, l_t [B, H, R]
-    row_grad: Tensor | None  # [B, H, R]
+    others: list[Tensor]  # [B, H, R]: for forward the pivots of student and teacher, for backward the upstream gradient
 
 
 @dataclass(frozen=True)
@@ -82,10 +79,11 @@ class SequenceParallel:
     Args:
         group: torch process group; its ranks hold the shards in order.
         local: the backend module that computes where no segment reaches beyond its shard.
+        visits: `torch_visit`, or the module that computes like it.
     """
 
-    def __init__(self, group: Any, local: ModuleType) -> None:
-        self.group, self.local = group, local
+    def __init__(self, group: Any, local: ModuleType, visits: ModuleType) -> None:
+        self.group, self.local, self.visits = group, local, visits
 
     @_exactly
     def forward(
@@ -95,10 +93,14 @@ class SequenceParallel:
         plan = self._plan(operands.student_q, segment_ids)
         if plan is None:
             return self.local.forward(operands, softmax_scale, segment_ids)
-        rows = self._fetch_rows(plan, operands, segment_ids, None, ())
-        states = [_State.start(chunk.q_s) for chunk in rows]
+        q_s, k_s, q_t, k_t, _ = operands
+        pivots = [own_logits(q, k, softmax_scale, segment_ids) for q, k in ((q_s, k_s), (q_t, k_t))]
+        rows = self._fetch_rows(plan, operands, segment_ids, pivots)
+        states = [State.start(mine.others[0], mine.others[1]) for mine in rows]
         for _, keys in self._fetch_keys(plan, operands, segment_ids):
-            _visit_forward(plan, rows, states, keys, softmax_scale)
+            for i, _, visit in _visits(plan, rows, keys):
+                states[i].add(self.visits.forward(visit, softmax_scale, (rows[i].others[0], rows[i].others[1])))
+            visit = None  # it holds keys
             keys.clear()
         results = [state.rows(mine.ids) for mine, state in zip(rows, states, strict=True)]
         values = self._return_rows(plan, results, operands.student_q.shape[:3])
@@ -118,14 +120,32 @@ class SequenceParallel:
         if plan is None:
             return self.local.backward(operands, softmax_scale, segment_ids, statistics, row_grad)
         q, k = operands.student_q, operands.student_k
-        rows = self._fetch_rows(plan, operands, segment_ids, row_grad, statistics)
+        rows = self._fetch_rows(plan, operands, segment_ids, [row_grad.to(_working(q))])
+        lengths = [mine.q_s.shape[2] for mine in rows]
+        of_rows = list(zip(*(x.split(lengths, 2) for x in statistics), strict=True))
+        # Before the visits divide by them: a padding row's gradient may be anything.
+        gradients = [
+            g if mine.ids is None else torch.where((mine.ids >= 0)[:, None], g, 0.0)
+            for mine in rows
+            for g in mine.others
+        ]
+        gradients, unit = self.visits.prepare(gradients, q.dtype, softmax_scale)
         q_grads = [torch.zeros_like(mine.q_s, dtype=_working(q)) for mine in rows]
         k_grad = torch.zeros(k.shape, dtype=_working(k), device=k.device)
         returns = _Returns(self, plan, k_grad)
         for owner, keys in self._fetch_keys(plan, operands, segment_ids):
-            returns.send(owner, _visit_backward(plan, rows, q_grads, keys, softmax_scale))
+            found = {chunk: torch.zeros_like(k_s, dtype=_working(k_s)) for chunk, (k_s, *_) in keys.items()}
+            for i, chunk, visit in _visits(plan, rows, keys):
+                self.visits.backward(visit, softmax_scale, of_rows[i], gradients[i], q_grads[i], found[chunk])
+            visit = None  # it holds keys
             keys.clear()
+            for grad in found.values() if unit is not None else ():
+                grad.mul_(unit)
+            returns.send(owner, found)
         returns.finish()
+        if unit is not None:
+            for grad in q_grads:
+                grad.mul_(unit)
         q_grad = self._return_rows(plan, q_grads, q.shape)
         if operands.self_relation:
             return q_grad.add_(k_grad).to(q.dtype), None
@@ -172,28 +192,20 @@ class SequenceParallel:
         return _Plan(rank, ranks, lengths, rows, sees)
 
     def _fetch_rows(
-        self,
-        plan: _Plan,
-        operands: Operands,
-        segment_ids: Tensor | None,
-        row_grad: Tensor | None,
-        statistics: Sequence[Tensor],
+        self, plan: _Plan, operands: Operands, segment_ids: Tensor | None, others: list[Tensor]
     ) -> list[_Rows]:
-        """The chunks whose rows this rank computes, its own or another's."""
-        sources = [operands.student_q, operands.teacher_q]
-        sources += [] if row_grad is None else [row_grad.to(_working(operands.student_q))]
+        """The chunks whose rows this rank computes, its own or another's, with `others`, [B, H, T]."""
+        sources = [operands.student_q, operands.teacher_q, *others]
         sources += [] if segment_ids is None else [segment_ids.long()]
         parts = {c: [_cut(x, plan.span(c)) for x in sources] for c in (2 * plan.rank, 2 * plan.rank + 1)}
         moves = [(c, c // 2, w) for w, chunks in enumerate(plan.rows) for c in chunks]
         shapes = {c: [_like(x, plan.span(c)) for x in sources] for c in plan.rows[plan.rank]}
         fetched = self._exchange(plan, moves, parts, shapes)
-        found, start = [], 0
+        found = []
         for chunk in plan.rows[plan.rank]:
             q_s, q_t, *rest = fetched[chunk]
             ids = rest.pop() if segment_ids is not None else None
-            end = start + q_s.shape[2]
-            found.append(_Rows(q_s, q_t, ids, tuple(x[:, :, start:end] for x in statistics), rest[0] if rest else None))
-            start = end
+            found.append(_Rows(q_s, q_t, ids, rest))
         return found
 
     def _return_rows(self, plan: _Plan, results: list[Tensor], shape: Sequence[int]) -> Tensor:
@@ -261,27 +273,12 @@ class SequenceParallel:
         return dist.P2POp(dist.irecv, x, group=self.group, group_peer=peer)
 
 
-def _visit_forward(
-    plan: _Plan, rows: list[_Rows], states: list[_State], keys: dict[int, list[Tensor]], scale: float
-) -> None:
-    """Take in the keys of one step."""
+def _visits(plan: _Plan, rows: list[_Rows], keys: dict[int, list[Tensor]]) -> Iterator[tuple[int, int, Visit]]:
+    """(index into rows, chunk of keys, visit) for all that one step's keys are for."""
     for chunk, (k_s, k_t, *ids) in keys.items():
-        for number, mine, state in zip(plan.rows[plan.rank], rows, states, strict=True):
+        for i, (number, mine) in enumerate(zip(plan.rows[plan.rank], rows, strict=True)):
             if plan.sees[number][chunk]:
-                state.add(mine, k_s, k_t, ids[0] if ids else None, scale, number == chunk)
-
-
-def _visit_backward(
-    plan: _Plan, rows: list[_Rows], q_grads: list[Tensor], keys: dict[int, list[Tensor]], scale: float
-) -> dict[int, Tensor]:
-    """Adds to the rows' gradients; returns those of one step's keys."""
-    found = {}
-    for chunk, (k_s, k_t, *ids) in keys.items():
-        found[chunk] = torch.zeros_like(k_s, dtype=_working(k_s))
-        for number, mine, grad in zip(plan.rows[plan.rank], rows, q_grads, strict=True):
-            if plan.sees[number][chunk]:
-                _add_gradients(mine, k_s, k_t, ids[0] if ids else None, scale, number == chunk, grad, found[chunk])
-    return found
+                yield i, chunk, Visit(mine.q_s, mine.q_t, k_s, k_t, mine.ids, ids[0] if ids else None, number == chunk)
 
 
 class _Returns:
@@ -311,105 +308,6 @@ class _Returns:
         for chunk, grad in incoming.items():
             self.k_grad[:, :, self.plan.span(chunk)] += grad
         self.pending = [], {}, None
-
-
-@dataclass
-class _State:
-    """Running sums of a chunk's rows, as in README.md; all [B, H, R]."""
-
-    m_s: Tensor
-    m_t: Tensor
-    l_s: Tensor
-    l_t: Tensor
-    a: Tensor
-
-    @classmethod
-    def start(cls, q: Tensor) -> _State:
-        low = torch.full(q.shape[:3], _MASKED, dtype=_working(q), device=q.device)
-        zero = torch.zeros_like(low)
-        return cls(low, low.clone(), zero, zero.clone(), zero.clone())
-
-    def add(self, mine: _Rows, k_s: Tensor, k_t: Tensor, ids: Tensor | None, scale: float, diagonal: bool) -> None:
-        """Take in the logits of a chunk of keys."""
-        for part in _row_parts(mine.q_s, k_s):
-            s, t, visible = _logits(mine, part, k_s, k_t, ids, scale, diagonal)
-            if visible is not None:
-                s, t = s.masked_fill(~visible, _MASKED), t.masked_fill(~visible, _MASKED)
-            m_s, m_t = self.m_s[:, :, part], self.m_t[:, :, part]
-            l_s, l_t, a = self.l_s[:, :, part], self.l_t[:, :, part], self.a[:, :, part]
-            new_s, new_t = torch.maximum(m_s, s.amax(-1)), torch.maximum(m_t, t.amax(-1))
-            fall_s, fall_t = m_s - new_s, m_t - new_t
-            s, t = s - new_s[..., None], t - new_t[..., None]
-            p_t = t.exp()
-            a.add_(l_t * (fall_t - fall_s)).mul_(fall_t.exp()).add_((p_t * (t - s)).sum(-1))
-            l_s.mul_(fall_s.exp()).add_(s.exp().sum(-1))
-            l_t.mul_(fall_t.exp()).add_(p_t.sum(-1))
-            m_s.copy_(new_s)
-            m_t.copy_(new_t)
-
-    def rows(self, ids: Tensor | None) -> Tensor:
-        """The divergence of each row; 0 for padding."""
-        value = self.a / self.l_t - (self.l_t.log() - self.l_s.log())
-        return value if ids is None else torch.where((ids >= 0)[:, None], value, 0.0)
-
-    def statistics(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.m_s, self.m_t, self.l_s, self.l_t
-
-
-def _add_gradients(
-    mine: _Rows,
-    k_s: Tensor,
-    k_t: Tensor,
-    ids: Tensor | None,
-    scale: float,
-    diagonal: bool,
-    q_grad: Tensor,
-    k_grad: Tensor,
-) -> None:
-    """Adds to the gradients of a chunk's rows [B, H, R, D] and of a chunk of keys [B, Hkv, N, D]."""
-    assert mine.row_grad is not None
-    keys = k_s.to(q_grad.dtype)
-    if ids is not None:
-        keys = torch.where((ids >= 0)[:, None, :, None], keys, 0.0)
-    for part in _row_parts(mine.q_s, k_s):
-        s, t, visible = _logits(mine, part, k_s, k_t, ids, scale, diagonal)
-        m_s, m_t, l_s, l_t = (x[:, :, part, None] for x in mine.statistics)
-        w = ((s - m_s).exp() / l_s - (t - m_t).exp() / l_t) * mine.row_grad[:, :, part, None]
-        x = mine.q_s[:, :, part].to(q_grad.dtype)
-        if visible is not None:
-            w = w.masked_fill(~visible, 0.0)
-        if mine.ids is not None:
-            x = torch.where((mine.ids[:, None, part, None] >= 0), x, 0.0)
-        batch, heads, rows, count = w.shape
-        shared = w.reshape(batch, k_s.shape[1], -1, count)
-        q_grad[:, :, part] += (shared @ keys).view(batch, heads, rows, -1) * scale
-        k_grad += shared.mT @ (x * scale).reshape(batch, k_s.shape[1], -1, x.shape[3])
-
-
-def _logits(
-    mine: _Rows, part: slice, k_s: Tensor, k_t: Tensor, ids: Tensor | None, scale: float, diagonal: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Student's and teacher's logits [B, H, rows, N], and which are visible, or None for all."""
-
-    def product(q: Tensor, k: Tensor) -> Tensor:
-        q = q[:, :, part].to(_working(q)) * scale
-        batch, heads, rows, dim = q.shape
-        return (q.reshape(batch, k.shape[1], -1, dim) @ k.to(q.dtype).mT).view(batch, heads, rows, -1)
-
-    visible = None
-    if ids is not None and mine.ids is not None:
-        visible = ((mine.ids[:, part, None] == ids[:, None]) & (ids >= 0)[:, None])[:, None]
-    if diagonal:
-        index = torch.arange(k_s.shape[2], device=k_s.device)
-        causal = index <= index[part, None]
-        visible = causal[None, None] if visible is None else visible & causal
-    return product(mine.q_s, k_s), product(mine.q_t, k_t), visible
-
-
-def _row_parts(q: Tensor, k: Tensor) -> list[slice]:
-    """Rows at once, so that a buffer of logits keeps to its budget."""
-    step = max(1, logits_budget(q.device) // (q.shape[0] * q.shape[1] * max(1, k.shape[2])))
-    return [slice(i, min(i + step, q.shape[2])) for i in range(0, q.shape[2], step)]
 
 
 def _id_range(ids: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
+from .launch import launch
 from .segment_kernels import tile_bounds
 from .tiles import HOPPER_ROWS, Pipeline, Tile, Tiles, pad_head_dim, pick_pipeline, pick_tiles
 from .torch_backend import Operands
@@ -25,10 +26,10 @@ INTERPRETING = isinstance(forward_kernel, InterpretedFunction) and isinstance(tl
 # The Hopper kernels are written in Gluon as Triton has it from 3.6 on.
 _HAS_GLUON = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
 # fp16 loses weights below 6e-8; they are 2 at most, and its largest number is 65504.
-_BOOST = 2.0**14
+BOOST = 2.0**14
 # Programs that look for flagged row tiles, of which there is none as a rule: about two a multiprocessor.
-_PROGRAMS_AGAIN = 264
-_LOG2_E = 1.4426950408889634
+PROGRAMS_AGAIN = 264
+LOG2_E = 1.4426950408889634
 _DOT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -41,31 +42,35 @@ def forward(operands: Operands, softmax_scale: float, segment_ids: Tensor | None
     q, k = operands.student_q, operands.student_k
     batch, heads, seq_len, _ = q.shape
     names = _names(segment_ids)
-    pipeline = _pipeline(operands)
+    pipeline = pipeline_of(operands)
     if pipeline is not None:
         from . import hopper_backend
 
         segments = _segments(names, HOPPER_ROWS, pipeline.block_n)
-        with _on(q):
+        with on_device_of(q):
             kl, sum_s, sum_t, flags = hopper_backend.forward(operands, softmax_scale, pipeline, segments)
         forward_again(operands, softmax_scale, segments, flags, kl, sum_s, sum_t)
         return kl, (sum_s, sum_t)
 
-    tile = _tiles(q).forward
+    tile = tiles_of(q).forward
     segments = _segments(names, tile.block_m, tile.block_n)
     kl, *statistics = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(5))
-    launch: Any = forward_kernel[(triton.cdiv(seq_len, tile.block_m) * batch * heads,)]
-    with _on(q):
+    with on_device_of(q):
         launch(
-            *_tensors_and_strides(operands),
+            forward_kernel,
+            -(-seq_len // tile.block_m) * batch * heads,
+            *tensors_and_strides(operands),
             *(segments or (q, q)),
             kl,
             *statistics,
             heads,
             heads // k.shape[1],
             seq_len,
-            softmax_scale * _LOG2_E,
-            **_constants(q, segments, tile),
+            0,
+            seq_len,
+            softmax_scale * LOG2_E,
+            VISIT=False,
+            **constants(q, segments, tile),
         )
     return kl, tuple(statistics)
 
@@ -91,23 +96,26 @@ def forward_again(
         sum_t: as sum_s.
     """
     q, k = operands.student_q, operands.student_k
-    tile = replace(_tiles(q).forward, block_m=HOPPER_ROWS)
+    tile = replace(tiles_of(q).forward, block_m=HOPPER_ROWS)
     count = flags.numel() // 2
-    launch: Any = forward_again_kernel[(min(count, _PROGRAMS_AGAIN),)]
-    with _on(q):
+    with on_device_of(q):
         launch(
-            *_tensors_and_strides(operands),
+            forward_again_kernel,
+            min(count, PROGRAMS_AGAIN),
+            *tensors_and_strides(operands),
             *(segments or (q, q)),
             flags,
             kl,
-            sum_s,
-            sum_t,
+            *(sum_s, sum_t) * 2,
             count,
             q.shape[1],
             q.shape[1] // k.shape[1],
             q.shape[2],
-            softmax_scale * _LOG2_E,
-            **_constants(q, segments, tile),
+            0,
+            q.shape[2],
+            softmax_scale * LOG2_E,
+            VISIT=False,
+            **constants(q, segments, tile),
         )
 
 
@@ -124,16 +132,13 @@ def backward(
     """
     q = operands.student_q, operands.teacher_q
     k = operands.student_k, operands.teacher_k
-    narrow = q[0].dtype == torch.float16
     g = row_grad.float()
     unit = None
+    narrow = q[0].dtype == torch.float16
     if narrow:
         if segment_ids is not None:
             g = torch.where(segment_ids[:, None] >= 0, g, 0.0)
-        # A power of two at or above the largest |g|: with g / unit at most 1 the weights keep clear of fp16's
-        # limits, and dividing by it rounds nothing. On device, so that nobody waits for it.
-        exponent = torch.frexp(g.abs().amax()).exponent
-        unit = torch.ldexp(torch.ones((), device=g.device), exponent.clamp(min=-100))
+        unit = unit_of([g])
         g = g / unit
     g = g.contiguous()
     names = _names(segment_ids)
@@ -145,22 +150,23 @@ def backward(
         sum_s, sum_t = statistics
         segments = _segments(names, HOPPER_ROWS, pipeline.block_n)
         if unit is not None:
-            g, unit = g * _BOOST, unit / _BOOST
-        with _on(q[0]):
+            g, unit = g * BOOST, unit / BOOST
+        with on_device_of(q[0]):
             return hopper_backend.backward(operands, softmax_scale, pipeline, segments, sum_s, sum_t, g, unit)
-    tile = _tiles(q[0]).backward
+    tile = tiles_of(q[0]).backward
     segments = _segments(names, tile.block_m, tile.block_n)
 
-    def launch(own: tuple[Tensor, Tensor], others: tuple[Tensor, Tensor], below: bool, above: bool) -> Tensor:
+    def gradient(own: tuple[Tensor, Tensor], others: tuple[Tensor, Tensor], below: bool, above: bool) -> Tensor:
         x_s, x_t = own
         y_s, y_t = others
         batch, heads, seq_len, _ = x_s.shape
         # As queries, `heads // y heads` of ours share one head of theirs; as keys it is the other way round.
         group = heads // y_s.shape[1] if below else y_s.shape[1] // heads
         grad = torch.empty_like(x_s)
-        kernel: Any = backward_kernel[(triton.cdiv(seq_len, tile.block_m) * batch * heads,)]
-        with _on(x_s):
-            kernel(
+        with on_device_of(x_s):
+            launch(
+                backward_kernel,
+                -(-seq_len // tile.block_m) * batch * heads,
                 x_s,
                 x_t,
                 y_s,
@@ -178,16 +184,18 @@ def backward(
                 heads,
                 group,
                 seq_len,
-                softmax_scale * _LOG2_E,
+                0,
+                seq_len,
+                softmax_scale * LOG2_E,
                 softmax_scale,
-                **{"BELOW": below, "ABOVE": above, "NARROW": narrow},
-                **_constants(x_s, segments, tile),
+                **{"BELOW": below, "ABOVE": above, "NARROW": narrow, "VISIT": False},
+                **constants(x_s, segments, tile),
             )
         return grad
 
     if operands.self_relation:
-        return launch(q, q, below=True, above=True), None
-    return launch(q, k, below=True, above=False), launch(k, q, below=False, above=True)
+        return gradient(q, q, below=True, above=True), None
+    return gradient(q, k, below=True, above=False), gradient(k, q, below=False, above=True)
 
 
 def value_and_grad(
@@ -199,7 +207,18 @@ def value_and_grad(
     return rows, grad_q, grad_k
 
 
-def _pipeline(operands: Operands) -> Pipeline | None:
+def unit_of(row_grads: Sequence[Tensor]) -> Tensor:
+    """A power of two at or above the largest |g|, float32 [].
+
+    With g / unit at most 1 the weights keep clear of fp16's limits, and dividing by it rounds nothing. On device, so
+    that nobody waits for it.
+    """
+    largest = torch.stack([g.abs().amax() if g.numel() else g.sum() for g in row_grads]).amax()
+    exponent = torch.frexp(largest).exponent
+    return torch.ldexp(torch.ones((), device=largest.device), exponent.clamp(min=-100))
+
+
+def pipeline_of(operands: Operands) -> Pipeline | None:
     """The Hopper kernels' shapes, or None where the general kernels are to run.
 
     They also do where `torch.use_deterministic_algorithms(True)` asks for results that are equal bit for bit from
@@ -217,12 +236,12 @@ def _pick(x: Tensor) -> Pipeline | None:
     return pick_pipeline(_architecture(x.device), x.shape[3], x.element_size())
 
 
-def _tensors_and_strides(operands: Operands) -> tuple[Any, ...]:
+def tensors_and_strides(operands: Operands) -> tuple[Any, ...]:
     tensors = operands.student_q, operands.student_k, operands.teacher_q, operands.teacher_k
     return *tensors, *(x.stride() for x in tensors)
 
 
-def _tiles(x: Tensor) -> Tiles:
+def tiles_of(x: Tensor) -> Tiles:
     return pick_tiles(_architecture(x.device), x.shape[3], x.element_size())
 
 
@@ -236,7 +255,7 @@ def _architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def _on(x: Tensor) -> Any:
+def on_device_of(x: Tensor) -> Any:
     """Triton launches on the current device, which need not be the tensors'."""
     return torch.cuda.device_of(x)
 
@@ -255,7 +274,7 @@ def _segments(names: Tensor | None, block_m: int, block_n: int) -> tuple[Tensor,
     return None if names is None else (names, tile_bounds(names, block_m, block_n))
 
 
-def _constants(x: Tensor, segments: tuple[Tensor, Tensor] | None, tile: Tile) -> dict[str, Any]:
+def constants(x: Tensor, segments: tuple[Tensor, Tensor] | None, tile: Tile) -> dict[str, Any]:
     # bf16 products are wrong in Triton's interpreter; fp32 ones are exact on bf16 inputs.
     dot = tl.float32 if INTERPRETING else _DOT[x.dtype]
     return {

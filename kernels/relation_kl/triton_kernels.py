@@ -3,6 +3,10 @@
 A row tile visits the key tiles that `segment_kernels.tile_bounds` lists for it, those where some pair of tokens must
 be masked apart from those where none must: hence the three parts of each loop. Statistics are float32
 whatever the inputs are; products are taken in the type DOT, the inputs' own on a GPU.
+
+Tokens are counted along one sequence of keys and rows. As a rule the rows are the keys, and first_row is 0. In a visit
+(VISIT, see `triton_visit`) the keys are the tokens [0, keys_end) and the rows [first_row, seq_len), with nothing in
+between, first_row a multiple of the tiles' sizes: nothing else tells a block beside the diagonal from a whole triangle.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import triton.language as tl
 # is lost in the product with exp2(_MASKED - m) = 0; every row but those of padding has a visible key.
 _MASKED = tl.constexpr(-1e30)
 # Not compiled anew for every length; strides are, for the width of the loads depends on them.
-_VARYING = ["heads", "group", "seq_len"]
+_VARYING = ["heads", "group", "seq_len", "first_row", "keys_end"]
 _LN2 = tl.constexpr(0.6931471805599453)
 # fp16 loses weights below 6e-8; they are 2 at most, and its largest number is 65504.
 _BOOST = tl.constexpr(2.0**14)
@@ -69,7 +73,8 @@ def relative_sum(total, excess):
 def _forward_tile(
     sequence, tile,
     q_s, k_s, q_t, k_t, q_s_strides, k_s_strides, q_t_strides, k_t_strides, segments, bounds, kl,
-    max_s, max_t, inverse_s, inverse_t, heads, group, seq_len, log2_scale, AGAIN: tl.constexpr,
+    max_s, max_t, sum_s, sum_t, heads, group, seq_len, first_row, keys_end, log2_scale,
+    AGAIN: tl.constexpr, VISIT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SEGMENTS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -87,13 +92,16 @@ def _forward_tile(
     row_names = _names(segments, rows, seq_len, SEGMENTS)
     live = row_names >= 0
     lo, lo_full, end, _, _ = _bounds(bounds, batch * tiles + tile, start, seq_len, BLOCK_M, BLOCK_N, SEGMENTS)
+    start = tl.minimum(start, keys_end // BLOCK_N * BLOCK_N)
+    end = tl.minimum(end, keys_end)
+    lo_full = tl.minimum(lo_full, start)
 
     q_s += batch * q_s_strides[0] + head * q_s_strides[1]
     q_t += batch * q_t_strides[0] + head * q_t_strides[1]
     k_s += batch * k_s_strides[0] + head // group * k_s_strides[1]
     k_t += batch * k_t_strides[0] + head // group * k_t_strides[1]
-    x_s = _load_tokens(q_s, rows, live, q_s_strides, HEAD_DIM, BLOCK_D, DOT)
-    x_t = _load_tokens(q_t, rows, live, q_t_strides, HEAD_DIM, BLOCK_D, DOT)
+    x_s = _load_tokens(q_s, rows - first_row, live, q_s_strides, HEAD_DIM, BLOCK_D, DOT)
+    x_t = _load_tokens(q_t, rows - first_row, live, q_t_strides, HEAD_DIM, BLOCK_D, DOT)
 
     m_s = tl.full([BLOCK_M], _MASKED, tl.float32)
     m_t = tl.full([BLOCK_M], _MASKED, tl.float32)
@@ -111,7 +119,7 @@ def _forward_tile(
             first, last = start, end
         for key_start in range(first, last, BLOCK_N):
             keys = key_start + tl.arange(0, BLOCK_N)
-            key_names = tl.zeros([BLOCK_N], tl.int32) if part == 1 else _names(segments, keys, seq_len, SEGMENTS)
+            key_names = tl.zeros([BLOCK_N], tl.int32) if part == 1 else _names(segments, keys, keys_end, SEGMENTS)
             y_s = _load_tokens(k_s, keys, key_names >= 0, k_s_strides, HEAD_DIM, BLOCK_D, DOT)
             y_t = _load_tokens(k_t, keys, key_names >= 0, k_t_strides, HEAD_DIM, BLOCK_D, DOT)
             s = tl.dot(x_s, tl.trans(y_s), input_precision=PRECISION) * log2_scale
@@ -120,7 +128,7 @@ def _forward_tile(
                 visible = (keys[None, :] <= rows[:, None]) & (key_names[None, :] == row_names[:, None])
                 s = tl.where(visible, s, _MASKED)
                 t = tl.where(visible, t, _MASKED)
-            if AGAIN and part == 2:
+            if AGAIN and not VISIT and part == 2:
                 own = keys[None, :] == rows[:, None]
                 own_s += tl.sum(tl.where(own, s, 0.0), 1)
                 own_t += tl.sum(tl.where(own, t, 0.0), 1)
@@ -138,57 +146,69 @@ def _forward_tile(
             l_s = l_s * tl.exp2(fall_s) + tl.sum(tl.exp2(s), 1)
             l_t = l_t * shrink_t + tl.sum(p_t, 1)
 
-    value = (a / l_t - (tl.log2(l_t) - tl.log2(l_s))) * _LN2
-    place = sequence * seq_len + rows
+    place = sequence * (seq_len - first_row) + rows - first_row
     inside = rows < seq_len
-    tl.store(kl + place, tl.where(live, value, 0.0), mask=inside)
-    if AGAIN:
-        tl.store(max_s + place, tl.where(live, relative_sum(l_s, m_s - own_s), 1.0), mask=inside)
-        tl.store(max_t + place, tl.where(live, relative_sum(l_t, m_t - own_t), 1.0), mask=inside)
+    if VISIT:
+        tl.store(kl + place, a, mask=inside)
+        tl.store(max_s + place, m_s, mask=inside)
+        tl.store(max_t + place, m_t, mask=inside)
+        tl.store(sum_s + place, l_s, mask=inside)
+        tl.store(sum_t + place, l_t, mask=inside)
     else:
-        # Kept apart, not as m + log l: that would round a probability next to 1 by the size of its logit.
-        tl.store(max_s + place, tl.where(live, m_s, 0.0), mask=inside)
-        tl.store(max_t + place, tl.where(live, m_t, 0.0), mask=inside)
-        tl.store(inverse_s + place, tl.where(live, 1.0 / l_s, 0.0), mask=inside)
-        tl.store(inverse_t + place, tl.where(live, 1.0 / l_t, 0.0), mask=inside)
+        value = (a / l_t - (tl.log2(l_t) - tl.log2(l_s))) * _LN2
+        tl.store(kl + place, tl.where(live, value, 0.0), mask=inside)
+        if AGAIN:
+            tl.store(sum_s + place, tl.where(live, relative_sum(l_s, m_s - own_s), 1.0), mask=inside)
+            tl.store(sum_t + place, tl.where(live, relative_sum(l_t, m_t - own_t), 1.0), mask=inside)
+        else:
+            # Kept apart, not as m + log l: that would round a probability next to 1 by the size of its logit.
+            tl.store(max_s + place, tl.where(live, m_s, 0.0), mask=inside)
+            tl.store(max_t + place, tl.where(live, m_t, 0.0), mask=inside)
+            tl.store(sum_s + place, tl.where(live, 1.0 / l_s, 0.0), mask=inside)
+            tl.store(sum_t + place, tl.where(live, 1.0 / l_t, 0.0), mask=inside)
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def forward_kernel(
     q_s, k_s, q_t, k_t, q_s_strides, k_s_strides, q_t_strides, k_t_strides, segments, bounds, kl,
-    max_s, max_t, inverse_s, inverse_t, heads, group, seq_len, log2_scale,
+    max_s, max_t, sum_s, sum_t, heads, group, seq_len, first_row, keys_end, log2_scale, VISIT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SEGMENTS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Rows [B, H, T], maxima of the logits and 1 / sums of the exponentials; one program a row tile."""
+    """One program a row tile. Rows of the divergence [B, H, T], maxima of the logits and 1 / sums of the exponentials.
+
+    In a visit a in the rows' place, the maxima, and the sums themselves (`torch_visit.State`).
+    """
     tiles = tl.cdiv(seq_len, BLOCK_M)
+    own_tiles = tiles - first_row // BLOCK_M
     # The last row tiles have the most keys: they go first, so that none is left running alone at the end.
     _forward_tile(
-        (tl.program_id(0) // tiles).to(tl.int64), tiles - 1 - tl.program_id(0) % tiles,
+        (tl.program_id(0) // own_tiles).to(tl.int64), tiles - 1 - tl.program_id(0) % own_tiles,
         q_s, k_s, q_t, k_t, q_s_strides, k_s_strides, q_t_strides, k_t_strides, segments, bounds, kl,
-        max_s, max_t, inverse_s, inverse_t, heads, group, seq_len, log2_scale, False,
+        max_s, max_t, sum_s, sum_t, heads, group, seq_len, first_row, keys_end, log2_scale, False, VISIT,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, SEGMENTS, DOT, PRECISION,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[*_VARYING, "count"])
 def forward_again_kernel(
-    q_s, k_s, q_t, k_t, q_s_strides, k_s_strides, q_t_strides, k_t_strides, segments, bounds, flags, kl, sum_s, sum_t,
-    count, heads, group, seq_len, log2_scale,
+    q_s, k_s, q_t, k_t, q_s_strides, k_s_strides, q_t_strides, k_t_strides, segments, bounds, flags, kl,
+    max_s, max_t, sum_s, sum_t, count, heads, group, seq_len, first_row, keys_end, log2_scale, VISIT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SEGMENTS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Those of `count` row tiles with an entry other than 0 in flags [B, H, tiles, 2], as a rule none.
 
-    What the others have in kl and in the two sums stays as the Hopper kernel left it.
+    What the others have in kl and the two sums (in a visit: and the two maxima) stays as the Hopper kernel left it.
     """
     tiles = tl.cdiv(seq_len, BLOCK_M)
+    own_tiles = tiles - first_row // BLOCK_M
     for index in range(tl.program_id(0), count, tl.num_programs(0)):
         if (tl.load(flags + index * 2) | tl.load(flags + index * 2 + 1)) != 0:
             _forward_tile(
-                (index // tiles).to(tl.int64), index % tiles,
+                (index // own_tiles).to(tl.int64), tiles - own_tiles + index % own_tiles,
                 q_s, k_s, q_t, k_t, q_s_strides, k_s_strides, q_t_strides, k_t_strides, segments, bounds, kl,
-                sum_s, sum_t, sum_s, sum_t, heads, group, seq_len, log2_scale, True,
+                max_s, max_t, sum_s, sum_t, heads, group, seq_len, first_row, keys_end, log2_scale, True, VISIT,
                 HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, SEGMENTS, DOT, PRECISION,
             )  # fmt: skip
 
@@ -197,8 +217,8 @@ def forward_again_kernel(
 def backward_kernel(
     x_s, x_t, y_s, y_t, x_s_strides, x_t_strides, y_s_strides, y_t_strides, segments, bounds, max_s, max_t,
     inverse_s, inverse_t, row_grad, unit, grad, grad_strides,
-    heads, group, seq_len, log2_scale, softmax_scale,
-    BELOW: tl.constexpr, ABOVE: tl.constexpr, NARROW: tl.constexpr,
+    heads, group, seq_len, first_row, keys_end, log2_scale, softmax_scale,
+    BELOW: tl.constexpr, ABOVE: tl.constexpr, NARROW: tl.constexpr, VISIT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SEGMENTS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -211,31 +231,45 @@ def backward_kernel(
     head.
 
     NARROW, for fp16 weights: row_grad comes divided by the power of two in unit.
+
+    In a visit, which has one of the two, the result is added to grad, of float32, not multiplied by softmax_scale,
+    and with NARROW too large by _BOOST.
     """
     tiles = tl.cdiv(seq_len, BLOCK_M)
+    first_tile = 0
+    own_end = seq_len
+    if VISIT and ABOVE:
+        own_end = keys_end
+    if VISIT and BELOW:
+        first_tile = first_row // BLOCK_M
+    own_tiles = tl.cdiv(own_end, BLOCK_M) - first_tile
     # Programs with the most to visit go first: the last tiles below, the first above; both together are even.
-    tile = tl.program_id(0) % tiles
+    tile = first_tile + tl.program_id(0) % own_tiles
     if not ABOVE:
-        tile = tiles - 1 - tile
-    sequence = (tl.program_id(0) // tiles).to(tl.int64)
+        tile = tiles - 1 - tl.program_id(0) % own_tiles
+    sequence = (tl.program_id(0) // own_tiles).to(tl.int64)
     batch, head = sequence // heads, sequence % heads
     start = tile * BLOCK_M
     rows = start + tl.arange(0, BLOCK_M)
+    own = rows - first_tile * BLOCK_M
     segments += batch * seq_len
-    row_names = _names(segments, rows, seq_len, SEGMENTS)
+    row_names = _names(segments, rows, own_end, SEGMENTS)
     live = row_names >= 0
     lo, lo_full, end, hi_full, hi = _bounds(bounds, batch * tiles + tile, start, seq_len, BLOCK_M, BLOCK_N, SEGMENTS)
 
     x_s += batch * x_s_strides[0] + head * x_s_strides[1]
     x_t += batch * x_t_strides[0] + head * x_t_strides[1]
-    own_s = _load_tokens(x_s, rows, live, x_s_strides, HEAD_DIM, BLOCK_D, DOT)
-    own_t = _load_tokens(x_t, rows, live, x_t_strides, HEAD_DIM, BLOCK_D, DOT)
+    own_s = _load_tokens(x_s, own, live, x_s_strides, HEAD_DIM, BLOCK_D, DOT)
+    own_t = _load_tokens(x_t, own, live, x_t_strides, HEAD_DIM, BLOCK_D, DOT)
     y_s += batch * y_s_strides[0]
     y_t += batch * y_t_strides[0]
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     if BELOW:
-        place = sequence * seq_len + rows
+        place = sequence * (seq_len - first_row) + rows - first_row
+        full_end = tl.minimum(start, keys_end // BLOCK_N * BLOCK_N)
+        keys_last = tl.minimum(end, keys_end)
+        lo_full = tl.minimum(lo_full, full_end)
         m_s = tl.load(max_s + place, mask=live, other=0.0)
         m_t = tl.load(max_t + place, mask=live, other=0.0)
         r_s = tl.load(inverse_s + place, mask=live, other=0.0)
@@ -249,12 +283,12 @@ def backward_kernel(
             if part == 0:
                 first, last = lo, lo_full
             elif part == 1:
-                first, last = lo_full, start
+                first, last = lo_full, full_end
             else:
-                first, last = start, end
+                first, last = full_end, keys_last
             for key_start in range(first, last, BLOCK_N):
                 keys = key_start + tl.arange(0, BLOCK_N)
-                names = tl.zeros([BLOCK_N], tl.int32) if part == 1 else _names(segments, keys, seq_len, SEGMENTS)
+                names = tl.zeros([BLOCK_N], tl.int32) if part == 1 else _names(segments, keys, keys_end, SEGMENTS)
                 other_s = _load_tokens(k_s, keys, names >= 0, y_s_strides, HEAD_DIM, BLOCK_D, DOT)
                 other_t = _load_tokens(k_t, keys, names >= 0, y_t_strides, HEAD_DIM, BLOCK_D, DOT)
                 s = tl.dot(own_s, tl.trans(other_s), input_precision=PRECISION) * log2_scale
@@ -273,19 +307,19 @@ def backward_kernel(
         for query_head in range(head * group, (head + 1) * group):
             q_s = y_s + query_head * y_s_strides[1]
             q_t = y_t + query_head * y_t_strides[1]
-            statistics = (batch * heads * group + query_head) * seq_len
+            statistics = (batch * heads * group + query_head) * (seq_len - first_row) - first_row
             for part in tl.static_range(3):
                 if part == 0:
-                    first, last = start, end
+                    first, last = tl.maximum(start, first_row), end
                 elif part == 1:
-                    first, last = end, hi_full
+                    first, last = tl.maximum(end, first_row), hi_full
                 else:
-                    first, last = hi_full, hi
+                    first, last = tl.maximum(hi_full, first_row), hi
                 for query_start in range(first, last, BLOCK_N):
                     queries = query_start + tl.arange(0, BLOCK_N)
                     names = tl.zeros([BLOCK_N], tl.int32) if part == 1 else _names(segments, queries, seq_len, SEGMENTS)
-                    other_s = _load_tokens(q_s, queries, names >= 0, y_s_strides, HEAD_DIM, BLOCK_D, DOT)
-                    other_t = _load_tokens(q_t, queries, names >= 0, y_t_strides, HEAD_DIM, BLOCK_D, DOT)
+                    other_s = _load_tokens(q_s, queries - first_row, names >= 0, y_s_strides, HEAD_DIM, BLOCK_D, DOT)
+                    other_t = _load_tokens(q_t, queries - first_row, names >= 0, y_t_strides, HEAD_DIM, BLOCK_D, DOT)
                     others = statistics + queries
                     real = names >= 0
                     their_m_s = tl.load(max_s + others, mask=real, other=0.0)
@@ -305,14 +339,17 @@ def backward_kernel(
                         weight = tl.where(visible, weight, 0.0)
                     acc = tl.dot(weight.to(DOT), other_s, acc, input_precision=PRECISION)
 
-    if NARROW:
-        acc *= tl.load(unit) * softmax_scale / _BOOST
-    else:
-        acc *= softmax_scale
+    if not VISIT:
+        if NARROW:
+            acc *= tl.load(unit) * softmax_scale / _BOOST
+        else:
+            acc *= softmax_scale
     # A padding row can hold anything by now, NaN included: it is replaced, not multiplied.
     result = tl.where(live[:, None], acc, 0.0)
     channels = tl.arange(0, BLOCK_D)
     grad += batch * grad_strides[0] + head * grad_strides[1]
-    pointers = grad + rows.to(tl.int64)[:, None] * grad_strides[2] + channels[None, :] * grad_strides[3]
-    mask = (rows < seq_len)[:, None] & (channels < HEAD_DIM)[None, :]
+    pointers = grad + own.to(tl.int64)[:, None] * grad_strides[2] + channels[None, :] * grad_strides[3]
+    mask = (rows < own_end)[:, None] & (channels < HEAD_DIM)[None, :]
+    if VISIT:
+        result += tl.load(pointers, mask=mask, other=0.0)
     tl.store(pointers, result.to(grad.dtype.element_ty), mask=mask)

@@ -25,8 +25,9 @@ from unittest.mock import patch
 
 import torch
 import triton
-from relation_kl import triton_backend
+from relation_kl import triton_backend, triton_visit
 from relation_kl.torch_backend import Operands
+from relation_kl.torch_visit import Visit
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -75,10 +76,25 @@ def machine_code(log: str) -> dict[str, Any]:
     }
 
 
-def launch(head_dim: int, dtype: str, segments: bool, attention: bool = False, deterministic: bool = False) -> None:
-    """Forward and backward, of a self-relation or of attention with half as many key heads."""
+def launch(
+    head_dim: int,
+    dtype: str,
+    segments: bool,
+    attention: bool = False,
+    deterministic: bool = False,
+    visit: bool = False,
+) -> None:
+    """Forward and backward, of a self-relation, of attention with half as many key heads, or of a visit."""
     torch.use_deterministic_algorithms(deterministic)
     student, teacher = (torch.zeros(1, 2, 256, head_dim, dtype=getattr(torch, dtype)) for _ in range(2))
+    if visit:
+        of_rows = torch.zeros(1, 2, 256)
+        row_ids = torch.zeros(1, 256, dtype=torch.int64) if segments else None
+        both = Visit(student, teacher, student, teacher, row_ids, row_ids, False)
+        triton_visit.forward(both, 1.0, (of_rows, of_rows))
+        gradients = [torch.zeros_like(student, dtype=torch.float32) for _ in range(2)]
+        triton_visit.backward(both, 1.0, (of_rows,) * 4, of_rows, *gradients)
+        return
     operands = Operands(student, student, teacher, teacher, True)
     if attention:
         operands = Operands(student, student[:, :1].clone(), teacher, teacher[:, :1].clone(), False)

@@ -38,8 +38,17 @@ def compile_kernels(kind: str, cases: list[dict[str, Any]], cache: Path) -> list
 @pytest.mark.parametrize(
     ("head_dim", "variants"),
     [
-        (64, [{"segments": False}, {"segments": True, "attention": True}]),
-        (128, [{"segments": False}, {"segments": True}, {"segments": True, "attention": True}]),
+        (64, [{"segments": False}, {"segments": True, "attention": True}, {"segments": True, "visit": True}]),
+        (
+            128,
+            [
+                {"segments": False},
+                {"segments": True},
+                {"segments": True, "attention": True},
+                {"segments": False, "visit": True},
+                {"segments": True, "visit": True},
+            ],
+        ),
     ],
     ids=["64", "128"],
 )
@@ -51,13 +60,14 @@ def test_hopper_kernels(
     cases = [case | variant for variant in variants]
     compiled = compile_kernels("hopper", cases, tmp_path_factory.mktemp("triton"))
     names = [kernel["name"] for kernel in compiled]
-    assert names.count("forward_kernel") == 2 and names.count("backward_kernel") == len(variants)
+    visits = sum(variant.get("visit", False) for variant in variants)
+    assert names.count("forward_kernel") == 2 + visits and names.count("backward_kernel") == len(variants)
     for kernel in compiled:
         constants = kernel["constants"]
         assert constants["D"] == head_dim, kernel
         assert kernel["shared"] <= _HOPPER, kernel
         assert not kernel["serialized"], kernel
-        plain = not constants["SEGMENTS"] and constants.get("SELF", True)
+        plain = not constants["SEGMENTS"] and (constants.get("SELF", True) or constants["VISIT"])
         assert max(kernel["spill_stores"], kernel["spill_loads"]) <= (64 if plain else 400), kernel
 
 

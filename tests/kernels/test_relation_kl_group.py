@@ -15,7 +15,7 @@ import relation_kl as rk
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from relation_kl import sequence_parallel, torch_backend
+from relation_kl import sequence_parallel, torch_backend, torch_visit
 from relation_kl.torch_backend import Operands
 from torch import Tensor
 
@@ -25,7 +25,6 @@ def spawn(ranks: int, function: Callable[..., None], folder: Path, *arguments: A
 
 
 def _process(rank: int, ranks: int, rendezvous: str, function: Callable[..., None], arguments: Any) -> None:
-    os.environ.pop("TRITON_INTERPRET", None)
     torch.set_num_threads(1)
     wait = timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks, timeout=wait)
@@ -51,20 +50,22 @@ def ids_of(kind: str, batch: int, length: int, shard: int) -> Tensor | None:
     return torch.randint(-1, 3, (batch, length))
 
 
-def check_all(dtypes: list[torch.dtype]) -> None:
-    """Every case on the ranks of this group; fp32 to 1e-5 relative, bf16 as close as one process."""
+def check_all(dtypes: list[torch.dtype], backend: str, shards: tuple[int, ...] = (1, 9)) -> None:
+    """Every case on the ranks of this group; fp32 to 1e-5 relative, 16 bit as close as one process."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     group = dist.group.WORLD
     for dtype in dtypes:
         for key_heads in (None, 2):
-            for shard in (1, 9):
+            for shard in shards:
                 # Few rows at a time where there are many.
                 torch_backend._CPU_LOGITS = 100 if shard == 9 else 2**20
                 for kind in ("one", "crossing", "windows", "right", "documents", "scattered"):
-                    check(rank, ranks, group, dtype, key_heads, shard, kind)
+                    check(rank, ranks, group, dtype, key_heads, shard, kind, backend)
 
 
-def check(rank: int, ranks: int, group: Any, dtype: torch.dtype, key_heads: int | None, shard: int, kind: str) -> None:
+def check(
+    rank: int, ranks: int, group: Any, dtype: torch.dtype, key_heads: int | None, shard: int, kind: str, backend: str
+) -> None:
     torch.manual_seed(shard)
     batch, heads, length, dim = 2, 4, ranks * shard, 8
     ids = ids_of(kind, batch, length, shard)
@@ -85,7 +86,7 @@ def check(rank: int, ranks: int, group: Any, dtype: torch.dtype, key_heads: int 
 
     name = "relation_kl" if key_heads is None else "attention_kl"
     shard_ids = None if ids is None else ids[:, mine]
-    got = run(mine, dtype, getattr(rk, name), segment_ids=shard_ids, group=group, backend="torch")
+    got = run(mine, dtype, getattr(rk, name), segment_ids=shard_ids, group=group, backend=backend)
     one = run(slice(None), dtype, getattr(rk, name), segment_ids=ids, backend="torch")
     truth = run(slice(None), torch.float64, getattr(rk.reference, name), segment_ids=ids)
     case = f"{name} {dtype} {kind} shard {shard} of {ranks}, key heads {key_heads}, rank {rank}"
@@ -99,7 +100,7 @@ def check(rank: int, ranks: int, group: Any, dtype: torch.dtype, key_heads: int 
     if key_heads is None:
         same = rk.relation_kl_value_and_grad(
             students[0][:, :, mine].nan_to_num(), students[0][:, :, mine].nan_to_num(), upstream[:, :, mine],
-            segment_ids=shard_ids, group=group,
+            segment_ids=shard_ids, group=group, backend=backend,
         )  # fmt: skip
         assert all((x == 0).all() for x in same), case
 
@@ -124,7 +125,15 @@ def test_autocast_and_the_type_of_the_upstream_gradient(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8])
 def test_sharded_is_whole(ranks: int, tmp_path: Path) -> None:
-    spawn(ranks, check_all, tmp_path, [torch.float32, torch.bfloat16] if ranks in (2, 4) else [torch.float32])
+    spawn(ranks, check_all, tmp_path, [torch.float32, torch.bfloat16] if ranks in (2, 4) else [torch.float32], "torch")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="in Triton's interpreter only: the ranks have no GPU each")
+@pytest.mark.parametrize(("ranks", "shards"), [(2, (9,)), (3, (150,))])
+def test_sharded_is_whole_in_triton(ranks: int, shards: tuple[int, ...], tmp_path: Path) -> None:
+    """The general kernels; 150 tokens a rank: chunks of 75, in more than one tile of keys."""
+    pytest.importorskip("triton", reason="needs triton, which is not installed")
+    spawn(ranks, check_all, tmp_path, [torch.float32, torch.float16], "triton", shards)
 
 
 def count_elements() -> None:
@@ -146,18 +155,20 @@ def count_elements() -> None:
     # rows: one of two chunks is another rank's; keys: student and teacher, forward and backward
     assert sum(sizes) <= (2 * 5 + 4 * 2 * (ranks - 1)) * x.numel() // 2, (rank, sum(sizes))
 
-    # Alive at any time: the keys of a step and of the next, student's and teacher's, and the rows of one chunk.
+    # Alive at any time: the keys of a step and of the next, student's and teacher's, and the rows of one chunk, not
+    # counting what has one number a row.
     made: list[weakref.ref[Tensor]] = []
     alive: list[int] = []
 
     def watched(*arguments: Any, **options: Any) -> Tensor:
         result = empty_like(*arguments, **options)
-        made.append(weakref.ref(result))
+        if result.dim() == 4:
+            made.append(weakref.ref(result))
         alive.append(sum(ref() is not None for ref in made))
         return result
 
     torch.empty_like = watched
-    parallel = sequence_parallel.SequenceParallel(dist.group.WORLD, torch_backend)
+    parallel = sequence_parallel.SequenceParallel(dist.group.WORLD, torch_backend, torch_visit)
     parallel.forward(Operands(x, x, x, x, True), 1.0, None)
     torch.empty_like = empty_like
     assert max(alive) <= 2 * 2 * 2 + 2, alive
@@ -172,7 +183,7 @@ def test_work_is_balanced(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With one segment no rank visits more than 1.1 times the average."""
     monkeypatch.setattr(dist, "get_rank", lambda group=None: 0)
     monkeypatch.setattr(dist, "get_world_size", lambda group=None: ranks)
-    plan = sequence_parallel.SequenceParallel(None, rk.reference)._plan(torch.empty(1, 1, 64, 8), None)
+    plan = sequence_parallel.SequenceParallel(None, rk.reference, torch_visit)._plan(torch.empty(1, 1, 64, 8), None)
     assert plan is not None
     assert sorted(c for rows in plan.rows for c in rows) == list(range(2 * ranks))
     work = [sum(sum(plan.sees[r]) - 0.5 for r in rows) for rows in plan.rows]

@@ -1,0 +1,196 @@
+"""Visits in PyTorch, on any device: the rows of one chunk against the keys of one chunk, see `Visit`.
+
+What a rank of a sequence-parallel group computes, and what a rank that shares a head's rows with others computes, is
+made of visits; `triton_visit` has them as kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .torch_backend import logits_budget
+
+_LOG2_E = 1.4426950408889634
+_LN2 = 0.6931471805599453
+# Stands for -inf, but its differences are no NaN.
+_MASKED = -1e30
+# A sum that is larger is moved into its pivot, so that dividing by it loses nothing.
+_LARGE = 2.0**80
+
+
+class Visit(NamedTuple):
+    """Rows and keys, none of which comes after any row, or the chunk with itself (`diagonal`).
+
+    Contiguous; rows and keys whose ids are negative may hold anything.
+    """
+
+    q_s: Tensor  # [B, H, R, D]
+    q_t: Tensor
+    k_s: Tensor  # [B, Hkv, N, D]
+    k_t: Tensor
+    row_ids: Tensor | None  # int64 [B, R]
+    key_ids: Tensor | None  # int64 [B, N]
+    diagonal: bool
+
+
+@dataclass
+class State:
+    """Sums over the keys that rows have visited; float32 [B, H, R] (float64 for float64 inputs), logits times log2 e.
+
+    With Z = S - m:  l = sum 2^Z of student and of teacher,  a = sum 2^Zt (Zt - Zs).  The pivots m are any numbers for
+    which nothing overflows; states of the same rows add up after they were brought to the same pivots.
+    """
+
+    m_s: Tensor
+    m_t: Tensor
+    l_s: Tensor
+    l_t: Tensor
+    a: Tensor
+
+    @classmethod
+    def start(cls, m_s: Tensor, m_t: Tensor) -> State:
+        """Of rows that have seen nothing yet."""
+        zero = torch.zeros_like(m_s)
+        return cls(m_s, m_t, zero, zero, zero)
+
+    def add(self, other: State) -> None:
+        """Take in what the same rows saw in another visit."""
+        m_s, m_t = torch.maximum(self.m_s, other.m_s), torch.maximum(self.m_t, other.m_t)
+        mine, theirs = _lowered(self, m_s, m_t), _lowered(other, m_s, m_t)
+        self.m_s, self.m_t = m_s, m_t
+        self.l_s, self.l_t, self.a = (x.add_(y) for x, y in zip(mine, theirs, strict=True))
+
+    def rows(self, ids: Tensor | None) -> Tensor:
+        """The divergence of each row in nats; 0 for padding."""
+        value = (self.a / self.l_t - (self.l_t.log2() - self.l_s.log2())) * _LN2
+        return value if ids is None else torch.where((ids >= 0)[:, None], value, 0.0)
+
+    def statistics(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """m_s, m_t, l_s, l_t for backward: 2^(S - m) / l is the probability; l is above 0, also for padding."""
+
+        def tame(m: Tensor, l: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
+            large = l > _LARGE
+            return torch.where(large, m + l.log2(), m), torch.where(large | (l == 0), 1.0, l)
+
+        (m_s, l_s), (m_t, l_t) = tame(self.m_s, self.l_s), tame(self.m_t, self.l_t)
+        return m_s, m_t, l_s, l_t
+
+
+def _lowered(state: State, m_s: Tensor, m_t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """l_s, l_t and a relative to pivots that are not below the state's."""
+    fall_s, fall_t = state.m_s - m_s, state.m_t - m_t
+    shrink = fall_t.exp2()
+    a = torch.addcmul(state.a, state.l_t, fall_t - fall_s).mul_(shrink)
+    return state.l_s * fall_s.exp2(), state.l_t * shrink, a
+
+
+def own_logits(q: Tensor, k: Tensor, scale: float, ids: Tensor | None) -> Tensor:
+    """Each row's logit with its own key, times log2 e: the pivot to begin with; [B, H, T], 0 for padding.
+
+    Args:
+        q: [B, H, T, D].
+        k: [B, Hkv, T, D].
+        scale: softmax_scale.
+        ids: [B, T] or None.
+    """
+    batch, heads, seq_len, _ = q.shape
+    kind = torch.promote_types(q.dtype, torch.float32)
+    found = torch.empty(batch, heads, seq_len, dtype=kind, device=q.device)
+    step = max(1, logits_budget(q.device) // (batch * heads * q.shape[3]))
+    for start in range(0, seq_len, step):
+        part = slice(start, start + step)
+        x = q[:, :, part].to(kind).unflatten(1, (k.shape[1], -1))
+        found[:, :, part] = (x * k[:, :, None, part].to(kind)).sum(-1).flatten(1, 2)
+    found.mul_(scale * _LOG2_E)
+    return found if ids is None else torch.where((ids >= 0)[:, None], found, 0.0)
+
+
+def forward(visit: Visit, scale: float, pivots: tuple[Tensor, Tensor]) -> State:
+    """What the rows see of the keys; the pivots are not needed here, a running maximum is kept."""
+    low = torch.full_like(pivots[0], _MASKED)
+    zero = torch.zeros_like(low)
+    total = State(low, low.clone(), zero, zero.clone(), zero.clone())
+    for part in _row_parts(visit):
+        s, t, visible = _logits(visit, part, scale)
+        if visible is not None:
+            s, t = s.masked_fill(~visible, _MASKED), t.masked_fill(~visible, _MASKED)
+        m_s, m_t = s.amax(-1), t.amax(-1)
+        s, t = s - m_s[..., None], t - m_t[..., None]
+        p_t = t.exp2()
+        found = m_s, m_t, s.exp2().sum(-1), p_t.sum(-1), (p_t * (t - s)).sum(-1)
+        for target, value in zip((total.m_s, total.m_t, total.l_s, total.l_t, total.a), found, strict=True):
+            target[:, :, part] = value
+    return total
+
+
+def prepare(row_grads: list[Tensor], dtype: torch.dtype, scale: float) -> tuple[list[Tensor], Tensor | None]:
+    """Upstream gradients [B, H, R] as `backward` takes them, and what its results are to be multiplied with, or None.
+
+    Args:
+        row_grads: of all rows that this process computes; 0 for padding.
+        dtype: of q and k.
+        scale: softmax_scale.
+    """
+    return [g * scale for g in row_grads], None
+
+
+def backward(
+    visit: Visit, scale: float, statistics: Sequence[Tensor], row_grad: Tensor, q_grad: Tensor, k_grad: Tensor
+) -> None:
+    """Adds to the gradients of the rows [B, H, R, D] and of the keys [B, Hkv, N, D].
+
+    Args:
+        visit: what to visit.
+        scale: softmax_scale.
+        statistics: m_s, m_t, l_s, l_t of the rows over all of their keys (`State.statistics`).
+        row_grad: from `prepare`.
+        q_grad: float32 or float64.
+        k_grad: as q_grad.
+    """
+    keys = visit.k_s.to(q_grad.dtype)
+    if visit.key_ids is not None:
+        keys = torch.where((visit.key_ids >= 0)[:, None, :, None], keys, 0.0)
+    for part in _row_parts(visit):
+        s, t, visible = _logits(visit, part, scale)
+        m_s, m_t, l_s, l_t = (x[:, :, part, None] for x in statistics)
+        w = ((s - m_s).exp2() / l_s - (t - m_t).exp2() / l_t) * row_grad[:, :, part, None]
+        x = visit.q_s[:, :, part].to(q_grad.dtype)
+        if visible is not None:
+            w = w.masked_fill(~visible, 0.0)
+        if visit.row_ids is not None:
+            x = torch.where((visit.row_ids[:, None, part, None] >= 0), x, 0.0)
+        batch, heads, rows, count = w.shape
+        shared = w.reshape(batch, keys.shape[1], -1, count)
+        q_grad[:, :, part] += (shared @ keys).view(batch, heads, rows, -1)
+        k_grad += shared.mT @ x.reshape(batch, keys.shape[1], -1, x.shape[3])
+
+
+def _logits(visit: Visit, part: slice, scale: float) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Student's and teacher's logits [B, H, rows, N], times log2 e, and which are visible, or None for all."""
+
+    def product(q: Tensor, k: Tensor) -> Tensor:
+        q = q[:, :, part].to(torch.promote_types(q.dtype, torch.float32)) * (scale * _LOG2_E)
+        batch, heads, rows, dim = q.shape
+        return (q.reshape(batch, k.shape[1], -1, dim) @ k.to(q.dtype).mT).view(batch, heads, rows, -1)
+
+    visible = None
+    if visit.key_ids is not None and visit.row_ids is not None:
+        same = visit.row_ids[:, part, None] == visit.key_ids[:, None]
+        visible = (same & (visit.key_ids >= 0)[:, None])[:, None]
+    if visit.diagonal:
+        index = torch.arange(visit.k_s.shape[2], device=visit.k_s.device)
+        causal = (index <= index[part, None])[None, None]
+        visible = causal if visible is None else visible & causal
+    return product(visit.q_s, visit.k_s), product(visit.q_t, visit.k_t), visible
+
+
+def _row_parts(visit: Visit) -> list[slice]:
+    """Rows at once, so that a buffer of logits keeps to its budget."""
+    q, k = visit.q_s, visit.k_s
+    step = max(1, logits_budget(q.device) // (q.shape[0] * q.shape[1] * max(1, k.shape[2])))
+    return [slice(i, min(i + step, q.shape[2])) for i in range(0, q.shape[2], step)]

@@ -1,0 +1,192 @@
+"""Visits as kernels: what `torch_visit` describes, by the Hopper kernels or the general ones.
+
+The kernels are those of whole sequences. They see the keys and, after them, the rows as one sequence, see
+`triton_kernels`; between the two are so many tokens of padding that rows begin at a multiple of the tiles' sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .segment_kernels import tile_bounds
+from .tiles import HOPPER_ROWS, Pipeline
+from .torch_backend import Operands
+from .torch_visit import State, Visit
+from .triton_backend import (
+    BOOST,
+    LOG2_E,
+    PROGRAMS_AGAIN,
+    constants,
+    on_device_of,
+    pipeline_of,
+    tensors_and_strides,
+    tiles_of,
+    unit_of,
+)
+from .triton_kernels import backward_kernel, forward_again_kernel, forward_kernel
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where keys and rows lie in their common sequence."""
+
+    first_row: int  # 0: the keys are the rows' own
+    keys_end: int
+    seq_len: int
+    names: Tensor | None  # ids [B, seq_len], contiguous
+
+    def bounds(self, block_m: int, block_n: int) -> tuple[Tensor, Tensor] | None:
+        """Ids, and `tile_bounds` of the common sequence."""
+        return None if self.names is None else (self.names, tile_bounds(self.names, block_m, block_n))
+
+
+def places_of(visit: Visit) -> Places:
+    rows, keys = visit.q_s.shape[2], visit.k_s.shape[2]
+    if visit.diagonal:
+        return Places(0, rows, rows, visit.row_ids)
+    first_row = triton.cdiv(keys, HOPPER_ROWS) * HOPPER_ROWS
+    names = None
+    if visit.row_ids is not None and visit.key_ids is not None:
+        between = visit.row_ids.new_full((visit.row_ids.shape[0], first_row - keys), -1)
+        names = torch.cat([visit.key_ids, between, visit.row_ids], 1)
+    return Places(first_row, keys, first_row + rows, names)
+
+
+def forward(visit: Visit, scale: float, pivots: tuple[Tensor, Tensor]) -> State:
+    """What the rows see of the keys.
+
+    Args:
+        visit: contiguous tensors of the types that the Triton backend takes.
+        scale: softmax_scale.
+        pivots: float32 [B, H, R] of student and teacher, the logit with the own key in units of log 2
+            (`torch_visit.own_logits`). What overflows relative to them is done again with a running maximum.
+    """
+    q, places = visit.q_s, places_of(visit)
+    pipeline = _pipeline(visit)
+    l_s, l_t, a = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(3))
+    if pipeline is None:
+        m_s, m_t = torch.empty_like(l_s), torch.empty_like(l_s)
+        tile = tiles_of(q).forward
+        segments = places.bounds(tile.block_m, tile.block_n)
+        grid = (triton.cdiv(q.shape[2], tile.block_m) * q.shape[0] * q.shape[1],)
+        _launch(forward_kernel, grid, visit, places, scale, segments, tile, (a, m_s, m_t, l_s, l_t), ())
+        return State(m_s, m_t, l_s, l_t, a)
+
+    from . import hopper_backend
+
+    # Where a row tile is done again it gets pivots of its own.
+    m_s, m_t = pivots[0].clone(), pivots[1].clone()
+    segments = places.bounds(HOPPER_ROWS, pipeline.block_n)
+    with on_device_of(q):
+        flags = hopper_backend.forward_visit(visit, places, scale, pipeline, segments, (m_s, m_t), (l_s, l_t, a))
+    tile = replace(tiles_of(q).forward, block_m=HOPPER_ROWS)
+    count = flags.numel() // 2
+    outputs = flags, a, m_s, m_t, l_s, l_t
+    grid = (min(count, PROGRAMS_AGAIN),)
+    _launch(forward_again_kernel, grid, visit, places, scale, segments, tile, outputs, (count,))
+    return State(m_s, m_t, l_s, l_t, a)
+
+
+def prepare(row_grads: list[Tensor], dtype: torch.dtype, scale: float) -> tuple[list[Tensor], Tensor | None]:
+    """As `torch_visit.prepare`; fp16 weights are kept clear of that type's limits."""
+    row_grads = [(g.float() * scale).contiguous() for g in row_grads]
+    if dtype != torch.float16:
+        return row_grads, None
+    unit = unit_of(row_grads)
+    return [g / unit * BOOST for g in row_grads], unit / BOOST
+
+
+def backward(
+    visit: Visit, scale: float, statistics: Sequence[Tensor], row_grad: Tensor, q_grad: Tensor, k_grad: Tensor
+) -> None:
+    """Adds to the gradients of the rows and of the keys; see `torch_visit.backward`.
+
+    q_grad and k_grad are float32 and contiguous. The Hopper kernels add to them in no fixed order.
+    """
+    places = places_of(visit)
+    statistics = tuple(x.contiguous() for x in statistics)
+    pipeline = _pipeline(visit)
+    if pipeline is not None:
+        from . import hopper_backend
+
+        segments = places.bounds(HOPPER_ROWS, pipeline.block_n)
+        with on_device_of(visit.q_s):
+            hopper_backend.backward_visit(
+                visit, places, scale, pipeline, segments, statistics, row_grad, q_grad, k_grad
+            )
+        return
+    q, k = visit.q_s, visit.k_s
+    narrow = q.dtype == torch.float16
+    if narrow:  # the general kernels multiply by it themselves
+        row_grad = row_grad / BOOST
+    m_s, m_t, l_s, l_t = statistics
+    tile = tiles_of(q).backward
+    segments = places.bounds(tile.block_m, tile.block_n)
+    of_rows = m_s, m_t, l_s.reciprocal(), l_t.reciprocal(), row_grad, row_grad
+    for own, others, grad, below in (
+        ((q, visit.q_t), (k, visit.k_t), q_grad, True),
+        ((k, visit.k_t), (q, visit.q_t), k_grad, False),
+    ):
+        x, y = own[0], others[0]
+        group = x.shape[1] // y.shape[1] if below else y.shape[1] // x.shape[1]
+        kernel: Any = backward_kernel[(triton.cdiv(x.shape[2], tile.block_m) * x.shape[0] * x.shape[1],)]
+        with on_device_of(x):
+            kernel(
+                *own,
+                *others,
+                *(z.stride() for z in (*own, *others)),
+                *(segments or (x, x)),
+                *of_rows,
+                grad,
+                grad.stride(),
+                x.shape[1],
+                group,
+                places.seq_len,
+                places.first_row,
+                places.keys_end,
+                scale * LOG2_E,
+                1.0,
+                **{"BELOW": below, "ABOVE": not below, "NARROW": narrow, "VISIT": True},
+                **constants(x, segments, tile),
+            )
+
+
+def _launch(
+    kernel: Any,
+    grid: tuple[int],
+    visit: Visit,
+    places: Places,
+    scale: float,
+    segments: tuple[Tensor, Tensor] | None,
+    tile: Any,
+    outputs: tuple[Tensor, ...],
+    count: tuple[int, ...],
+) -> None:
+    """Of one of the two general forward kernels."""
+    q = visit.q_s
+    operands = Operands(q, visit.k_s, visit.q_t, visit.k_t, False)
+    with on_device_of(q):
+        kernel[grid](
+            *tensors_and_strides(operands),
+            *(segments or (q, q)),
+            *outputs,
+            *count,
+            q.shape[1],
+            q.shape[1] // visit.k_s.shape[1],
+            places.seq_len,
+            places.first_row,
+            places.keys_end,
+            scale * LOG2_E,
+            VISIT=True,
+            **constants(q, segments, tile),
+        )
+
+
+def _pipeline(visit: Visit) -> Pipeline | None:
+    return pipeline_of(Operands(visit.q_s, visit.k_s, visit.q_t, visit.k_t, False))

@@ -1,0 +1,262 @@
+"""The part of tools/benchmark_kernels.py that runs over several processes: the relation of one sharded sequence.
+
+    deepspeed --num_gpus 4 tools/benchmark_kernels.py --lengths 65536,131072      (or torchrun --nproc-per-node 4)
+
+For each length: the whole on one GPU (the others wait), then on all P ranks in mode `sequence` (shards of all heads,
+`relation_kl(..., group=...)`) and in mode `heads` (whole sequences of heads / P). `heads+exchange` has the all-to-all
+of student, teacher and gradient too, which a caller pays whose tensors are sharded along the sequence; the trainer's
+are not: Ulysses has exchanged them for attention. A sample is the slowest rank's, all started together; medians are
+shown.
+
+efficiency: time on one GPU / (P x time on P). sent: MiB that the busiest rank sends in a forward and backward.
+transfers: the same exchanges with nothing computed between them, in ms. hidden: the part of them that the computation
+covers, 1 - (time - time on one GPU / P) / transfers. peak MiB: as in the table for one process, of the worst rank.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import os
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import relation_kl as rk
+import torch
+import torch.distributed as dist
+from relation_kl import sequence_parallel, torch_visit
+from relation_kl.torch_visit import State
+from torch import Tensor
+
+COLUMNS = (
+    *("mode", "ranks", "batch", "heads", "seq_len", "head_dim", "dtype", "median_ms", "p10_ms", "p90_ms", "samples"),
+    *("efficiency", "sent_mib", "transfers_ms", "hidden", "peak_mib", "gpu", "driver", "torch", "triton", "commit"),
+)
+LAYOUT = "{:>7} {:>4} {:15} {:>5} {:>26} {:>10} {:>9} {:>12} {:>7} {:>9}"
+TITLES = ("tokens", "dim", "mode", "ranks", "forward+backward ms", "efficiency", "sent MiB", "transfers ms", "hidden")
+TITLES += ("peak MiB",)
+GATE_LENGTH, GATE_HEADS = 300, 4  # of a shard
+
+
+def main(options: Namespace, conditions: Callable[[], dict[str, Any]]) -> int:
+    """Runs on every rank; rank 0 prints.
+
+    Args:
+        options: of benchmark_kernels.
+        conditions: gives GPU, driver, versions and commit.
+    """
+    on_gpu = options.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        options.device = torch.device("cuda", torch.cuda.current_device())
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        return _run(options, conditions)
+    finally:
+        dist.destroy_process_group()
+
+
+def _run(options: Namespace, conditions: Callable[[], dict[str, Any]]) -> int:
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[options.dtype]
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    if not options.skip_gate:
+        wrong = torch.tensor([_gate(options, dtype, dim) for dim in options.head_dims], device=options.device).any()
+        dist.all_reduce(wrong := wrong.int())
+        if wrong:
+            print("the gate failed: nothing was timed", file=sys.stderr)
+            return 1
+    facts = conditions() if rank == 0 else {}
+    path: Path | None = options.csv if rank == 0 else None
+    if rank == 0:
+        print("{gpu}, driver {driver}, torch {torch}, triton {triton}, commit {commit}".format(**facts))
+        print(
+            f"{ranks} ranks, {options.dtype}, batch {options.batch}, {options.heads} heads, backend {options.backend}"
+        )
+        print(f"\n{LAYOUT.format(*TITLES)}", flush=True)
+    with open(path or os.devnull, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+        writer.writeheader()
+        for head_dim in options.head_dims:
+            for seq_len in options.lengths:
+                shape = {"batch": options.batch, "heads": options.heads, "seq_len": seq_len, "head_dim": head_dim}
+                for row in _measure(options, dtype, seq_len, head_dim):
+                    if rank == 0:
+                        writer.writerow({**shape, "dtype": options.dtype, **row, **facts})
+                        file.flush()
+                        print(_line(seq_len, head_dim, row), flush=True)
+    return 0
+
+
+def _measure(options: Namespace, dtype: torch.dtype, seq_len: int, head_dim: int) -> list[dict[str, Any]]:
+    """Values for COLUMNS, a row a mode; the same on every rank."""
+    ranks, found, single = dist.get_world_size(), [], 0.0
+    for mode in ("one", "sequence", "heads", "heads+exchange"):
+        if mode.startswith("heads") and options.heads % ranks:
+            continue
+        call, returned = _case(mode, options, dtype, seq_len, head_dim)
+        with _counting() as sent:
+            call()
+        times = _times(call, options)
+        most = torch.tensor([_peak(call, returned), sent[0]], dtype=torch.float64, device=options.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        peak_mib, sent_mib = (most / 2**20).tolist()
+        p10, median, p90 = np.percentile(times, (10, 50, 90)).tolist()
+        single = median if mode == "one" else single
+        used = 1 if mode == "one" else ranks
+        row: dict[str, Any] = {"mode": mode, "ranks": used, "median_ms": median, "p10_ms": p10, "p90_ms": p90}
+        row |= {"samples": len(times), "efficiency": single / (used * median), "peak_mib": peak_mib}
+        if mode == "sequence":
+            with _transfers_only():
+                transfers = float(np.median(_times(call, options)))
+            hidden = 1 - (median - single / ranks) / transfers
+            row |= {"sent_mib": sent_mib, "transfers_ms": transfers, "hidden": hidden}
+        found.append(row)
+        del call
+        if options.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return found
+
+
+def _case(
+    mode: str, options: Namespace, dtype: torch.dtype, seq_len: int, head_dim: int
+) -> tuple[Callable[[], None], int]:
+    """A forward and backward of this rank in a mode, and the bytes of the gradient that it returns."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    if mode == "one" and rank != 0:
+        return (lambda: None), 0
+    tokens = seq_len // ranks if mode in ("sequence", "heads+exchange") else seq_len
+    heads = options.heads // ranks if mode == "heads" else options.heads
+    torch.manual_seed(rank)
+    student = torch.randn(options.batch, heads, tokens, head_dim, dtype=dtype, device=options.device).requires_grad_()
+    teacher = (student + 0.3 * torch.randn_like(student)).detach()
+    rows = (options.heads // ranks, seq_len) if mode == "heads+exchange" else (heads, tokens)
+    upstream = torch.randn(options.batch, *rows, device=options.device)
+
+    def forward_backward() -> None:
+        group = dist.group.WORLD if mode == "sequence" else None
+        rk.relation_kl(student, teacher, group=group, backend=options.backend).backward(upstream)
+        student.grad = None
+
+    def exchanged() -> None:
+        whole = [_exchange(x.detach(), 1, 2) for x in (student, teacher)]
+        _, grad = rk.relation_kl_value_and_grad(whole[0], whole[1], upstream, backend=options.backend)
+        _exchange(grad, 2, 1)
+
+    return exchanged if mode == "heads+exchange" else forward_backward, student.nbytes
+
+
+def _times(call: Callable[[], None], options: Namespace) -> list[float]:
+    """Milliseconds of the slowest rank, all started together, once warm."""
+    on_gpu = options.device.type == "cuda"
+    samples = options.repeats or (8 if on_gpu else 2)
+    times = torch.zeros(samples + 1, device=options.device)
+    for i in range(samples + 1):
+        dist.all_reduce(torch.zeros(1, device=options.device))
+        if on_gpu:
+            torch.cuda.synchronize()
+            dist.barrier()
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            times[i] = start.elapsed_time(end)
+        else:
+            begin = time.perf_counter()
+            call()
+            times[i] = (time.perf_counter() - begin) * 1e3
+    dist.all_reduce(times, dist.ReduceOp.MAX)
+    return times[1:].tolist()
+
+
+def _peak(call: Callable[[], None], returned: int) -> float:
+    """CUDA bytes of a call beyond its inputs and the returned gradient; 0 on a CPU."""
+    if not torch.cuda.is_available():
+        call()
+        return 0.0
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    return torch.cuda.max_memory_allocated() - before - returned
+
+
+def _exchange(x: Tensor, split: int, join: int) -> Tensor:
+    """All-to-all of [B, H, T, D]: parts along one dimension go to the ranks, what comes in is joined along another."""
+    outgoing = torch.stack([part.contiguous() for part in x.chunk(dist.get_world_size(), split)])
+    incoming = torch.empty_like(outgoing)
+    dist.all_to_all_single(incoming, outgoing)
+    return torch.cat(incoming.unbind(), join)
+
+
+@contextmanager
+def _counting() -> Iterator[list[int]]:
+    """Within: the bytes that this process sends, in the one number of the list."""
+    total, send = [0], sequence_parallel.SequenceParallel._send
+
+    def counted(parallel: Any, x: Tensor, peer: int) -> Any:
+        total[0] += x.nbytes
+        return send(parallel, x, peer)
+
+    with patch.object(sequence_parallel.SequenceParallel, "_send", counted):
+        yield total
+
+
+@contextmanager
+def _transfers_only() -> Iterator[None]:
+    """Within: exchanges without computation, for visits return what they were given."""
+    modules: list[Any] = [torch_visit]
+    if importlib.util.find_spec("triton") is not None:
+        modules.append(importlib.import_module("relation_kl.triton_visit"))
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(patch.object(module, "forward", lambda visit, scale, pivots: State.start(*pivots)))
+            stack.enter_context(patch.object(module, "backward", lambda *arguments: None))
+        yield
+
+
+def _gate(options: Namespace, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the sharded relation errs more than twice as much as the dense version in the same precision."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(head_dim)
+    size = (6 * head_dim**-0.5) ** 0.5
+    length = ranks * GATE_LENGTH
+    x = (torch.randn(1, GATE_HEADS, length, head_dim) * size).to(options.device, dtype)
+    y = x + (0.3 * size * torch.randn(1, GATE_HEADS, length, head_dim)).to(x)
+    g = torch.randn(1, GATE_HEADS, length).to(options.device)
+    mine = slice(rank * GATE_LENGTH, (rank + 1) * GATE_LENGTH)
+    wrong = False
+    for ids in (None, (torch.arange(length, device=options.device)[None] + 50) // (GATE_LENGTH + 70)):
+        got = rk.relation_kl_value_and_grad(
+            x[:, :, mine], y[:, :, mine], g[:, :, mine], segment_ids=None if ids is None else ids[:, mine],
+            group=dist.group.WORLD, backend=options.backend,
+        )  # fmt: skip
+        dense = []
+        for kind in (dtype, torch.float64):
+            leaf = x.to(kind).detach().requires_grad_()
+            rows = rk.reference.relation_kl(leaf, y.to(kind), segment_ids=ids)
+            dense.append([rows.detach(), *torch.autograd.grad(rows, [leaf], g.to(rows.dtype))])
+        for what, a, b, c in zip(("rows", "grad"), got, *dense, strict=True):
+            b, c = b[:, :, mine].double(), c[:, :, mine]
+            error, budget = (float((z.double() - c).norm() / c.norm()) for z in (a, b))
+            if rank == 0:
+                kind = "one" if ids is None else "documents across shards"
+                print(f"gate: {kind}, head_dim {head_dim}: {what} {error:.1e} (plain {budget:.1e})", file=sys.stderr)
+            wrong |= not error <= 2 * budget + 1e-6
+    return wrong
+
+
+def _line(seq_len: int, head_dim: int, row: dict[str, Any]) -> str:
+    def number(name: str, digits: str) -> str:
+        return format(row[name], digits) if name in row else ""
+
+    times = f"{row['median_ms']:.2f} ({row['p10_ms']:.2f}..{row['p90_ms']:.2f})"
+    cells = [seq_len, head_dim, row["mode"], row["ranks"], times, f"{row['efficiency']:.3f}"]
+    cells += [number("sent_mib", ".0f"), number("transfers_ms", ".2f"), number("hidden", ".0%")]
+    return LAYOUT.format(*cells, f"{row['peak_mib']:.0f}")
