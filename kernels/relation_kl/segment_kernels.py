@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
+
 # The least id of a tile that has none.
 _NO_ID = tl.constexpr(2**63 - 1)
 # Tokens that a program of the first kernel reads, and tiles that one of the second reads at a time.
@@ -108,6 +110,6 @@ def tile_bounds(segment_ids: Tensor, block_m: int, block_n: int) -> Tensor:
     of_ranges: dict[str, Any] = {"BLOCK_N": block_n, "TILES": at_once}
     of_bounds: dict[str, Any] = {"BLOCK_M": block_m, "BLOCK_N": block_n, "CHUNK": _CHUNK}
     with torch.cuda.device_of(segment_ids):
-        tile_ranges_kernel[(-(-tiles // at_once) * batch,)](segment_ids, ranges, seq_len, **of_ranges)
-        tile_bounds_kernel[(row_tiles * batch,)](ranges, bounds, seq_len, **of_bounds)
+        launch(tile_ranges_kernel, -(-tiles // at_once) * batch, segment_ids, ranges, seq_len, **of_ranges)
+        launch(tile_bounds_kernel, row_tiles * batch, ranges, bounds, seq_len, **of_bounds)
     return bounds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ def pad_head_dim(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
+@lru_cache
 def pick_tiles(architecture: str, head_dim: int, element_size: int) -> Tiles:
     """Tile sizes for a GPU and a kind of input.
 
@@ -96,6 +98,7 @@ def pick_tiles(architecture: str, head_dim: int, element_size: int) -> Tiles:
     return _SAFE[max(token_bytes, 256)]
 
 
+@lru_cache
 def pick_pipeline(architecture: str, head_dim: int, element_size: int) -> Pipeline | None:
     """The Hopper kernels' shapes, or None where they do not run: other GPUs, fp32, more than 128 channels.
 

@@ -1,0 +1,224 @@
+"""What a sequence-parallel relation KL costs: bytes that move, products that are computed, and the seconds of both.
+
+Pure arithmetic for one relation over one segment, forward and backward, in the two ways of dividing it over P ranks:
+
+- mode sequence (`sequence_parallel.py`): ranks hold shards of all heads and fetch one another's keys, step by step,
+  beside the computation of the step before; rows of one chunk, and the gradients, travel too.
+- mode heads: after an all-to-all ranks hold whole sequences of a part of the heads. Inside the trainer Ulysses has
+  done that for attention already. Where there are more ranks than heads, several ranks hold the same head and divide
+  its rows.
+
+The bytes of mode sequence are those that its code sends (`tests/kernels/test_relation_kl_cost_model.py` counts them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 4  # of rows with keys; each is 2 D operations a pair and head
+FP32 = 4  # bytes
+
+
+@dataclass(frozen=True)
+class Relation:
+    """A relation over one segment.
+
+    Attributes:
+        tokens: n, over all ranks; a multiple of 2 P.
+        heads: of the rows.
+        key_heads: of the keys; equal to `heads` for Q.Q, K.K and V.V.
+        head_dim: D.
+        is_self: rows and keys are the same vectors.
+        batch: B.
+        element_size: bytes of an input's element.
+    """
+
+    tokens: int
+    heads: int
+    key_heads: int
+    head_dim: int
+    is_self: bool = True
+    batch: int = 1
+    element_size: int = 2
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates; the defaults are of an H200.
+
+    Attributes:
+        tflops: of the kernels, forward and backward together: 6 half products of 128K tokens and 32 heads take 815 ms
+            (README.md).
+        link_gb_s: of one rank's link, each direction. 360: NVLink at 0.8 of its data sheet; 400 Gb/s: 50. Not measured.
+        launch_seconds: no visit of a chunk's rows to a chunk's keys is faster. 1e-4: what a Gluon launch takes the
+            host (README.md).
+        message_seconds: before the first byte of a step arrives; not measured.
+    """
+
+    tflops: float = 515.0
+    link_gb_s: float = 360.0
+    launch_seconds: float = 1e-4
+    message_seconds: float = 2e-5
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of the rank that takes longest, forward and backward.
+
+    Attributes:
+        received, sent: bytes, each of the rank with most.
+        operations: floating-point operations of one rank.
+        compute: seconds of the products, with nothing else.
+        seconds: with what of the transfers cannot be hidden.
+    """
+
+    received: int
+    sent: int
+    operations: float
+    compute: float
+    seconds: float
+
+
+def assignment(ranks: int) -> list[tuple[int, int]]:
+    """The two of 2 P chunks whose rows each rank computes, the one with less to see first; see `sequence_parallel`."""
+    rows: dict[int, tuple[int, int]] = {}
+    free = set(range(ranks))
+    for i in range(ranks):
+        less, more = i, 2 * ranks - 1 - i
+        wanted = (less // 2, more // 2) if i % 2 == 0 else (more // 2, less // 2)
+        worker = next((rank for rank in wanted if rank in free), min(free))
+        free.remove(worker)
+        rows[worker] = less, more
+    return [rows[rank] for rank in range(ranks)]
+
+
+def operations(relation: Relation, ranks: int) -> float:
+    """Of one rank, forward and backward: 6 half products of n x n over P."""
+    pairs = relation.batch * relation.heads * relation.tokens**2 / 2
+    return (FORWARD_PRODUCTS + BACKWARD_PRODUCTS) * 2 * relation.head_dim * pairs / ranks
+
+
+def sequence(relation: Relation, ranks: int, machine: Machine) -> Cost:
+    """Mode sequence: one pass over the keys for forward and one for backward.
+
+    In each step a rank computes with the keys that it has, while those of the next step come in and, in backward, the
+    gradients of the last step's keys go out. Before and after the steps rows, results and gradients change places;
+    nothing hides that.
+
+    Raises:
+        ValueError: chunks of unequal length.
+    """
+    if relation.tokens % (2 * ranks):
+        raise ValueError(f"tokens: {relation.tokens} is not a multiple of 2 * {ranks}")
+    forward = _pass(relation, ranks, machine, backward=False)
+    backward = _pass(relation, ranks, machine, backward=True)
+    compute = operations(relation, ranks) / (machine.tflops * 1e12)
+    received = max(a.received + b.received for a, b in zip(forward, backward, strict=True))
+    sent = max(a.sent + b.sent for a, b in zip(forward, backward, strict=True))
+    seconds = max(a.seconds for a in forward) + max(b.seconds for b in backward)
+    return Cost(received, sent, operations(relation, ranks), compute, seconds)
+
+
+def heads(relation: Relation, ranks: int, machine: Machine, in_trainer: bool) -> Cost:
+    """Mode heads.
+
+    Args:
+        relation: what is computed.
+        ranks: P.
+        machine: rates.
+        in_trainer: q, k, v and their gradients pass the all-to-alls of Ulysses anyway: nothing more moves.
+    """
+    element, shard = relation.element_size, relation.batch * relation.tokens // ranks
+    received = sent = 0
+    if not in_trainer and ranks > 1:
+        for count in (relation.heads,) if relation.is_self else (relation.heads, relation.key_heads):
+            copies = max(ranks // count, 1)  # of each head, on as many ranks
+            vectors = shard * count * relation.head_dim * copies * (ranks - 1) // ranks
+            received += vectors * (2 * element + FP32 * (copies > 1) + element * (copies == 1))
+        received += shard * relation.heads * FP32 * (ranks - 1) // ranks
+        sent = received
+    total = operations(relation, ranks)
+    compute = total / (machine.tflops * 1e12)
+    seconds = compute + _transfer(received, sent, machine) + (2 * machine.message_seconds if received else 0.0)
+    return Cost(received, sent, total, compute, seconds)
+
+
+def table(
+    relation: Relation, machines: dict[str, Machine], ranks: Iterable[int] = (2, 4, 8, 16, 32, 64, 128, 256, 512)
+) -> list[dict[str, float | int | str]]:
+    """Both modes at each number of ranks and on each machine: milliseconds, GB that a rank receives, who wins.
+
+    `efficiency` is the time of one rank without any transfer over P times the mode's time. Mode heads is stand-alone;
+    inside the trainer its efficiency is 1 wherever Ulysses can run, that is for P up to the number of query heads.
+    """
+    rows: list[dict[str, float | int | str]] = []
+    for size in ranks:
+        for name, machine in machines.items():
+            found = {"sequence": sequence(relation, size, machine), "heads": heads(relation, size, machine, False)}
+            row: dict[str, float | int | str] = {"ranks": size, "link": name}
+            for mode, cost in found.items():
+                row[f"{mode} ms"] = cost.seconds * 1e3
+                row[f"{mode} GB"] = cost.received / 1e9
+                row[f"{mode} efficiency"] = cost.compute / cost.seconds
+            row["wins"] = min(found, key=lambda mode: found[mode].seconds)
+            rows.append(row)
+    return rows
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One pass of one rank."""
+
+    received: int
+    sent: int
+    seconds: float
+
+
+def _pass(relation: Relation, ranks: int, machine: Machine, backward: bool) -> list[_Pass]:
+    """Forward or backward in mode sequence, for every rank."""
+    chunk = relation.batch * relation.tokens // (2 * ranks)
+    vectors = chunk * relation.head_dim
+    numbers = 1 if backward else 2  # of a row: the upstream gradient; pivots of student and teacher
+    row = relation.heads * (2 * vectors * relation.element_size + numbers * chunk * FP32)
+    result = relation.heads * (vectors if backward else chunk) * FP32
+    key = relation.key_heads * 2 * vectors * relation.element_size
+    gradient = relation.key_heads * vectors * FP32 if backward else 0
+    products = BACKWARD_PRODUCTS if backward else FORWARD_PRODUCTS
+    whole = products * 2 * relation.heads * vectors * (relation.tokens / (2 * ranks)) / (machine.tflops * 1e12)
+    visit, diagonal = max(machine.launch_seconds, whole), max(machine.launch_seconds, whole / 2)
+    rows = assignment(ranks)
+
+    def fetched(worker: int, owner: int) -> int:
+        """How many of the owner's two chunks of keys the worker's rows see."""
+        return min(2, max(0, rows[worker][1] - 2 * owner + 1)) if worker != owner else 0
+
+    found = []
+    for rank in range(ranks):
+        # It gives away as many of its own two chunks as it computes of others'.
+        away = sum(each // 2 != rank for each in rows[rank])
+        received = sent = away * (row + result)
+        seconds = _transfer(away * row, away * row, machine) + _transfer(away * result, away * result, machine)
+        last, this = (0, 0), (0, 0)  # chunks of keys that came and that went, for the step before and for this one
+        for number in range(ranks):
+            owner = (rank - number) % ranks
+            seen = sum(min(2, max(0, each - 2 * owner)) for each in rows[rank])
+            compute = seen * visit + sum(each // 2 == owner for each in rows[rank]) * diagonal
+            following = 0, 0
+            if number + 1 < ranks:
+                following = fetched(rank, (owner - 1) % ranks), fetched((rank + number + 1) % ranks, rank)
+            # Gradients of the last step's keys travel the other way.
+            comes = following[0] * key + last[1] * gradient
+            goes = following[1] * key + last[0] * gradient
+            seconds += max(compute, _transfer(comes, goes, machine))
+            received, sent = received + comes, sent + goes
+            last, this = this, following
+        comes, goes = last[1] * gradient, last[0] * gradient
+        found.append(_Pass(received + comes, sent + goes, seconds + _transfer(comes, goes, machine)))
+    return found
+
+
+def _transfer(received: int, sent: int, machine: Machine) -> float:
+    """Seconds of bytes in both directions at once."""
+    most = max(received, sent)
+    return most / (machine.link_gb_s * 1e9) + machine.message_seconds if most else 0.0

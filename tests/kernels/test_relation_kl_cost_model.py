@@ -1,0 +1,126 @@
+"""The cost model of the sequence-parallel forms: its bytes are those that the code sends, its work is all the work."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import relation_kl as rk
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from relation_kl import cost_model as cost
+from relation_kl.sequence_parallel import SequenceParallel
+
+FREE = cost.Machine(link_gb_s=1e12, launch_seconds=0.0, message_seconds=0.0)
+SELF = cost.Relation(tokens=64, heads=2, key_heads=2, head_dim=8, element_size=4)
+ATTENTION = dataclasses.replace(SELF, heads=4, is_self=False)
+LONG = cost.Relation(tokens=2**17, heads=32, key_heads=32, head_dim=128)
+
+
+def _count(rank: int, ranks: int, rendezvous: str, out: str) -> None:
+    """Saves the bytes that this rank receives and sends for each relation, forward and backward."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    torch.set_num_threads(1)
+    wait = timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks, timeout=wait)
+    moved = {"_receive": 0, "_send": 0}
+
+    def counting(name: str) -> Any:
+        original = getattr(SequenceParallel, name)
+
+        def counted(self: Any, x: torch.Tensor, peer: int) -> Any:
+            moved[name] += x.numel() * x.element_size()
+            return original(self, x, peer)
+
+        return counted
+
+    for name in moved:
+        setattr(SequenceParallel, name, counting(name))
+    found = []
+    try:
+        for relation in (SELF, ATTENTION):
+            moved.update(_receive=0, _send=0)
+            shape = (1, relation.heads, relation.tokens // ranks, relation.head_dim)
+            rows, upstream = torch.randn(shape), torch.ones(shape[:3])
+            if relation.is_self:
+                rk.relation_kl_value_and_grad(rows, rows.flip(2), upstream, group=dist.group.WORLD, backend="torch")
+            else:
+                keys = rows[:, : relation.key_heads].contiguous()
+                operands = rows, keys, rows.flip(2), keys.flip(2)
+                rk.attention_kl_value_and_grad(*operands, upstream, group=dist.group.WORLD, backend="torch")
+            found.append((moved["_receive"], moved["_send"]))
+    finally:
+        dist.destroy_process_group()
+    torch.save(found, f"{out}-{rank}")
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_bytes_are_those_that_are_sent(ranks: int, tmp_path: Path) -> None:
+    mp.spawn(_count, (ranks, str(tmp_path / "rendezvous"), str(tmp_path / "bytes")), nprocs=ranks)
+    counted = [torch.load(tmp_path / f"bytes-{rank}") for rank in range(ranks)]
+    for i, relation in enumerate((SELF, ATTENTION)):
+        found = cost.sequence(relation, ranks, FREE)
+        assert found.received == max(each[i][0] for each in counted)
+        assert found.sent == max(each[i][1] for each in counted)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7, 8, 32])
+def test_chunks_are_dealt_out_once_and_evenly(ranks: int) -> None:
+    rows = cost.assignment(ranks)
+    assert sorted(chunk for pair in rows for chunk in pair) == list(range(2 * ranks))
+    assert {less + more for less, more in rows} == {2 * ranks - 1}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8, 64])
+def test_with_free_links_the_work_is_divided_without_loss(ranks: int) -> None:
+    whole = 6 * LONG.heads * LONG.head_dim * float(LONG.tokens) ** 2  # half products: D n^2 operations a head
+    for found in (cost.sequence(LONG, ranks, FREE), cost.heads(LONG, ranks, FREE, in_trainer=False)):
+        assert found.operations == pytest.approx(whole / ranks)
+        assert found.seconds == pytest.approx(found.compute, rel=1e-6)
+    assert cost.sequence(LONG, 1, cost.Machine()).received == 0
+
+
+def test_seconds_lie_between_compute_and_the_sum_of_all() -> None:
+    for ranks in (2, 4, 16):
+        for machine in (cost.Machine(), cost.Machine(link_gb_s=50.0), cost.Machine(link_gb_s=1.0)):
+            found = cost.sequence(LONG, ranks, machine)
+            transfer = max(found.received, found.sent) / (machine.link_gb_s * 1e9)
+            launches = (2 * ranks + 1) * 2 * machine.launch_seconds + 4 * ranks * machine.message_seconds
+            assert max(found.compute, transfer / 2) < found.seconds < found.compute + 2 * transfer + launches
+
+
+def test_heads_inside_the_trainer_move_nothing_and_replicas_cost_bytes() -> None:
+    machine = cost.Machine()
+    inside = cost.heads(LONG, 8, machine, in_trainer=True)
+    assert (inside.received, inside.seconds) == (0, inside.compute)
+    shard = LONG.tokens // 8
+    alone = cost.heads(LONG, 8, machine, in_trainer=False)
+    vectors = shard * LONG.heads * LONG.head_dim * 7 // 8
+    assert alone.received == vectors * 3 * 2 + shard * LONG.heads * 4 * 7 // 8
+    few = dataclasses.replace(LONG, heads=8, key_heads=8)
+    per_rank = [cost.heads(few, ranks, machine, in_trainer=False).received for ranks in (4, 8, 16, 32)]
+    assert per_rank[0] > per_rank[1] and per_rank[2] > per_rank[1]  # from 8 ranks on they hold whole heads all the same
+    assert cost.heads(few, 32, machine, in_trainer=True).operations == pytest.approx(
+        cost.heads(few, 8, machine, in_trainer=True).operations / 4
+    )
+
+
+def test_the_table_says_who_wins() -> None:
+    rows = cost.table(LONG, {"NVLink": cost.Machine(), "400 Gb/s": cost.Machine(link_gb_s=50.0)}, ranks=(2, 4, 16))
+    assert [(row["ranks"], row["link"]) for row in rows][:3] == [(2, "NVLink"), (2, "400 Gb/s"), (4, "NVLink")]
+    for row in rows:
+        modes = ("sequence", "heads")
+        assert row["wins"] == min(modes, key=lambda mode: row[f"{mode} ms"])
+        assert all(0 < float(row[f"{mode} efficiency"]) <= 1 for mode in modes)
+    by_link = {row["link"]: row["sequence efficiency"] for row in rows if row["ranks"] == 4}
+    assert float(by_link["NVLink"]) > float(by_link["400 Gb/s"])
+
+
+def test_chunks_of_unequal_length_are_refused() -> None:
+    with pytest.raises(ValueError, match="tokens: 66 is not a multiple of 2"):
+        cost.sequence(dataclasses.replace(SELF, tokens=66), 4, FREE)
