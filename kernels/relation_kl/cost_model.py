@@ -2,8 +2,8 @@
 
 Pure arithmetic for one relation over one segment, forward and backward, in the two ways of dividing it over P ranks:
 
-- mode sequence (`sequence_parallel.py`): ranks hold shards of all heads and fetch one another's keys, step by step,
-  beside the computation of the step before; rows of one chunk, and the gradients, travel too.
+- mode sequence (`sequence_parallel.py`): ranks hold shards of all heads and fetch one another's keys, a chunk at a
+  time, beside the computation with the chunk before; rows of one chunk, and the gradients, travel too.
 - mode heads: after an all-to-all ranks hold whole sequences of a part of the heads. Inside the trainer Ulysses has
   done that for attention already. Where there are more ranks than heads, several ranks hold the same head and divide
   its rows.
@@ -100,11 +100,11 @@ def operations(relation: Relation, ranks: int) -> float:
 
 
 def sequence(relation: Relation, ranks: int, machine: Machine) -> Cost:
-    """Mode sequence: one pass over the keys for forward and one for backward.
+    """Mode sequence: `relation_kl_value_and_grad` and its like, a pass over the keys for each of forward and backward.
 
-    In each step a rank computes with the keys that it has, while those of the next step come in and, in backward, the
-    gradients of the last step's keys go out. Before and after the steps rows, results and gradients change places;
-    nothing hides that.
+    A rank begins with its own keys, while the rows that it computes for others come in. In each further step it
+    computes with the chunk of keys that it has, while the next chunk comes in and, in backward, the gradient of the
+    last one goes out. Nothing hides the results of the rows, nor the gradients at the end.
 
     Raises:
         ValueError: chunks of unequal length.
@@ -179,8 +179,8 @@ def _pass(relation: Relation, ranks: int, machine: Machine, backward: bool) -> l
     """Forward or backward in mode sequence, for every rank."""
     chunk = relation.batch * relation.tokens // (2 * ranks)
     vectors = chunk * relation.head_dim
-    numbers = 1 if backward else 2  # of a row: the upstream gradient; pivots of student and teacher
-    row = relation.heads * (2 * vectors * relation.element_size + numbers * chunk * FP32)
+    # Of a row: student, teacher, and three numbers, the pivots and the upstream gradient; backward has them already.
+    row = 0 if backward else relation.heads * (2 * vectors * relation.element_size + 3 * chunk * FP32)
     result = relation.heads * (vectors if backward else chunk) * FP32
     key = relation.key_heads * 2 * vectors * relation.element_size
     gradient = relation.key_heads * vectors * FP32 if backward else 0
@@ -188,33 +188,32 @@ def _pass(relation: Relation, ranks: int, machine: Machine, backward: bool) -> l
     whole = products * 2 * relation.heads * vectors * (relation.tokens / (2 * ranks)) / (machine.tflops * 1e12)
     visit, diagonal = max(machine.launch_seconds, whole), max(machine.launch_seconds, whole / 2)
     rows = assignment(ranks)
+    steps = [(distance, half) for distance in range(1, ranks) for half in (0, 1)]
 
-    def fetched(worker: int, owner: int) -> int:
-        """How many of the owner's two chunks of keys the worker's rows see."""
-        return min(2, max(0, rows[worker][1] - 2 * owner + 1)) if worker != owner else 0
+    def visits(computed: Iterable[int], keys: int) -> float:
+        """Seconds of these rows with a chunk of keys."""
+        return sum(visit if each > keys else diagonal for each in computed if each >= keys)
 
     found = []
     for rank in range(ranks):
-        # It gives away as many of its own two chunks as it computes of others'.
-        away = sum(each // 2 != rank for each in rows[rank])
-        received = sent = away * (row + result)
-        seconds = _transfer(away * row, away * row, machine) + _transfer(away * result, away * result, machine)
-        last, this = (0, 0), (0, 0)  # chunks of keys that came and that went, for the step before and for this one
-        for number in range(ranks):
-            owner = (rank - number) % ranks
-            seen = sum(min(2, max(0, each - 2 * owner)) for each in rows[rank])
-            compute = seen * visit + sum(each // 2 == owner for each in rows[rank]) * diagonal
-            following = 0, 0
-            if number + 1 < ranks:
-                following = fetched(rank, (owner - 1) % ranks), fetched((rank + number + 1) % ranks, rank)
-            # Gradients of the last step's keys travel the other way.
-            comes = following[0] * key + last[1] * gradient
-            goes = following[1] * key + last[0] * gradient
-            seconds += max(compute, _transfer(comes, goes, machine))
-            received, sent = received + comes, sent + goes
-            last, this = this, following
-        comes, goes = last[1] * gradient, last[0] * gradient
-        found.append(_Pass(received + comes, sent + goes, seconds + _transfer(comes, goes, machine)))
+        own = (2 * rank, 2 * rank + 1)
+        mine, others = [r for r in rows[rank] if r in own], [r for r in rows[rank] if r not in own]
+        away = len(others)  # as many of its own chunks are computed elsewhere
+        comes = [2 * ((rank - distance) % ranks) + half for distance, half in steps]
+        needed = [keys <= rows[rank][1] for keys in comes]
+        given = [2 * rank + half <= rows[(rank + distance) % ranks][1] for distance, half in steps]
+        moves = [*(_transfer(key * a, key * b, machine) for a, b in zip(needed, given, strict=True)), 0.0]
+        returns = [0.0, *(_transfer(gradient * b, gradient * a, machine) for a, b in zip(needed, given, strict=True))]
+        exchange = _transfer(away * row, away * row, machine)
+        # Its own rows hide the coming of the others, and these that of the first keys.
+        seconds = max(sum(visits(mine, keys) for keys in own), exchange)
+        seconds += max(sum(visits(others, keys) for keys in own), moves[0])
+        for number, keys in enumerate(comes):
+            seconds += max(visits(rows[rank], keys), moves[number + 1] + returns[number])
+        seconds += returns[-1] + _transfer(away * result, away * result, machine)
+        received = away * (row + result) + sum(needed) * key + sum(given) * gradient
+        sent = away * (row + result) + sum(given) * key + sum(needed) * gradient
+        found.append(_Pass(received, sent, seconds))
     return found
 
 

@@ -2,6 +2,7 @@
 
 # What the decorators make of these functions is not what pyright reads.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false
 
 from __future__ import annotations
 

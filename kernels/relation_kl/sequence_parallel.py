@@ -1,12 +1,15 @@
-"""The sequence-parallel form: contiguous shards of one long sequence, keys fetched from their owners shard by shard.
+"""The sequence-parallel form: contiguous shards of one long sequence, keys fetched from their owners chunk by chunk.
 
 A shard is cut into two chunks, and rows are computed by chunks: every rank works on one chunk with few keys and one
-with many, so that all work alike (with one segment: chunks w and 2 P - 1 - w, as in zigzag sharding). In step d a rank
-holds the keys of the rank d before it, while those of step d + 1 are on their way; chunks that none of its rows can
-see are neither sent nor computed. Statistics stay with the rows. In backward the gradient of fetched keys goes back to
-their owner in float32, where it is added up in the order of the steps. A rank holds its own shard, the rows that it
-computes (as many again), the keys of one step and of the next, and what is on its way out: memory O(T), T the local
-length, whatever P is.
+with many, so that all work alike (with one segment: chunks w and 2 P - 1 - w, as in zigzag sharding). A rank begins
+with its own keys. After that it visits those of the rank before it, of the one before that, and so on, a chunk at a
+time, the next chunk on its way meanwhile; chunks that none of its rows can see are neither sent nor computed.
+Statistics stay with the rows. In backward the gradient of fetched keys goes back to their owner in float32, a chunk
+behind, where it is added up in the order of the steps. A rank holds its own shard, the rows that it computes, two
+chunks of keys and what is on its way out: memory O(T), T the local length, whatever P is.
+
+Every rank starts its exchanges in the same order: rows, keys of the first step; then for each step keys of the next
+one, [at the last: gradients of rows,] gradients of the step's keys.
 """
 
 from __future__ import annotations
@@ -24,14 +27,17 @@ from torch import Tensor
 from .torch_backend import Operands
 from .torch_visit import State, Visit, own_logits
 
+Chunk = list[Tensor]  # of keys: k_s, k_t [B, Hkv, N, D], and ids [B, N] where there are segments
+
 
 class _Rows(NamedTuple):
     """What a rank knows of a chunk whose rows it computes."""
 
+    chunk: int
     q_s: Tensor  # [B, H, R, D]
     q_t: Tensor
     ids: Tensor | None  # [B, R]
-    others: list[Tensor]  # [B, H, R]: for forward the pivots of student and teacher, for backward the upstream gradient
+    others: list[Tensor]  # [B, H, R]: the pivots of student and teacher in forward, upstream gradient in backward
 
 
 @dataclass(frozen=True)
@@ -52,14 +58,67 @@ class _Plan:
     rows: list[list[int]]
     sees: list[list[bool]]
 
-    def keys(self, worker: int, owner: int) -> list[int]:
-        """The chunks of `owner` that rows of `worker` may see."""
-        return [c for c in (2 * owner, 2 * owner + 1) if any(self.sees[r][c] for r in self.rows[worker])]
+    @property
+    def own(self) -> tuple[int, int]:
+        """The chunks of this rank's shard."""
+        return 2 * self.rank, 2 * self.rank + 1
+
+    @property
+    def steps(self) -> list[tuple[int, int]]:
+        """(distance to the owner, which of its chunks) of the keys of other ranks, in the order of the visits."""
+        return [(distance, half) for distance in range(1, self.ranks) for half in (0, 1)]
+
+    def needs(self, worker: int, chunk: int) -> bool:
+        """Whether rows that `worker` computes may see the chunk's keys."""
+        return any(self.sees[row][chunk] for row in self.rows[worker])
+
+    def coming(self, step: tuple[int, int]) -> tuple[int, int] | None:
+        """(owner, chunk) of the keys that this rank visits in a step, if it needs any."""
+        owner = (self.rank - step[0]) % self.ranks
+        chunk = 2 * owner + step[1]
+        return (owner, chunk) if self.needs(self.rank, chunk) else None
+
+    def going(self, step: tuple[int, int]) -> tuple[int, int] | None:
+        """(worker, chunk) of this rank's keys that are visited elsewhere in a step, if they are."""
+        worker, chunk = (self.rank + step[0]) % self.ranks, 2 * self.rank + step[1]
+        return (worker, chunk) if self.needs(worker, chunk) else None
 
     def span(self, chunk: int) -> slice:
         """Where a chunk lies in its owner's shard."""
         first, second = self.lengths
         return slice(0, first) if chunk % 2 == 0 else slice(first, first + second)
+
+
+@dataclass
+class _Job:
+    """A call on this rank: its own keys, cut into chunks once, and the rows that it computes.
+
+    Attributes:
+        plan: who computes what.
+        keys: this rank's chunks.
+        own: the rows of this rank's chunks that it computes itself.
+        foreign: those of other ranks' chunks; not to be looked at before `wait`.
+        works: what brings them.
+    """
+
+    plan: _Plan
+    keys: dict[int, Chunk]
+    own: list[_Rows]
+    foreign: list[_Rows]
+    works: list[Any]
+
+    @property
+    def rows(self) -> list[_Rows]:
+        """All rows that this rank computes, in the order of the plan, in which statistics are kept."""
+        return sorted(self.own + self.foreign, key=lambda rows: rows.chunk)
+
+    def visits(self, keys: Chunk, chunk: int, rows: Sequence[_Rows]) -> Iterator[tuple[_Rows, Visit]]:
+        """The visits of the chunk by those rows that may see it."""
+        k_s, k_t, *ids = keys
+        for each in rows:
+            if self.plan.sees[each.chunk][chunk]:
+                of_keys = ids[0] if ids else None
+                yield each, Visit(each.q_s, each.q_t, k_s, k_t, each.ids, of_keys, each.chunk == chunk)
 
 
 def _exactly(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -93,18 +152,8 @@ class SequenceParallel:
         plan = self._plan(operands.student_q, segment_ids)
         if plan is None:
             return self.local.forward(operands, softmax_scale, segment_ids)
-        q_s, k_s, q_t, k_t, _ = operands
-        pivots = [own_logits(q, k, softmax_scale, segment_ids) for q, k in ((q_s, k_s), (q_t, k_t))]
-        rows = self._fetch_rows(plan, operands, segment_ids, pivots)
-        states = [State.start(mine.others[0], mine.others[1]) for mine in rows]
-        for _, keys in self._fetch_keys(plan, operands, segment_ids):
-            for i, _, visit in _visits(plan, rows, keys):
-                states[i].add(self.visits.forward(visit, softmax_scale, (rows[i].others[0], rows[i].others[1])))
-            visit = None  # it holds keys
-            keys.clear()
-        results = [state.rows(mine.ids) for mine, state in zip(rows, states, strict=True)]
-        values = self._return_rows(plan, results, operands.student_q.shape[:3])
-        return values, tuple(torch.cat(each, 2) for each in zip(*(state.statistics() for state in states), strict=True))
+        job = self._start(plan, operands, segment_ids, self._pivots(operands, softmax_scale, segment_ids))
+        return self._forward(job, operands, softmax_scale)
 
     @_exactly
     def backward(
@@ -119,45 +168,119 @@ class SequenceParallel:
         plan = self._plan(operands.student_q, segment_ids)
         if plan is None:
             return self.local.backward(operands, softmax_scale, segment_ids, statistics, row_grad)
-        q, k = operands.student_q, operands.student_k
-        rows = self._fetch_rows(plan, operands, segment_ids, [row_grad.to(_working(q))])
-        lengths = [mine.q_s.shape[2] for mine in rows]
-        of_rows = list(zip(*(x.split(lengths, 2) for x in statistics), strict=True))
-        # Before the visits divide by them: a padding row's gradient may be anything.
-        gradients = [
-            g if mine.ids is None else torch.where((mine.ids >= 0)[:, None], g, 0.0)
-            for mine in rows
-            for g in mine.others
-        ]
-        gradients, unit = self.visits.prepare(gradients, q.dtype, softmax_scale)
-        q_grads = [torch.zeros_like(mine.q_s, dtype=_working(q)) for mine in rows]
-        k_grad = torch.zeros(k.shape, dtype=_working(k), device=k.device)
-        returns = _Returns(self, plan, k_grad)
-        for owner, keys in self._fetch_keys(plan, operands, segment_ids):
-            found = {chunk: torch.zeros_like(k_s, dtype=_working(k_s)) for chunk, (k_s, *_) in keys.items()}
-            for i, chunk, visit in _visits(plan, rows, keys):
-                self.visits.backward(visit, softmax_scale, of_rows[i], gradients[i], q_grads[i], found[chunk])
-            visit = None  # it holds keys
-            keys.clear()
-            for grad in found.values() if unit is not None else ():
-                grad.mul_(unit)
-            returns.send(owner, found)
-        returns.finish()
-        if unit is not None:
-            for grad in q_grads:
-                grad.mul_(unit)
-        q_grad = self._return_rows(plan, q_grads, q.shape)
-        if operands.self_relation:
-            return q_grad.add_(k_grad).to(q.dtype), None
-        return q_grad.to(q.dtype), k_grad.to(k.dtype)
+        row_grad, unit = self._prepare(operands, softmax_scale, segment_ids, row_grad)
+        job = self._start(plan, operands, segment_ids, [row_grad])
+        return self._backward(job, operands, softmax_scale, statistics, unit)
 
+    @_exactly
     def value_and_grad(
         self, operands: Operands, softmax_scale: float, segment_ids: Tensor | None, row_grad: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Rows and both gradients, by the two passes."""
-        rows, statistics = self.forward(operands, softmax_scale, segment_ids)
-        grad_q, grad_k = self.backward(operands, softmax_scale, segment_ids, statistics, row_grad)
-        return rows, grad_q, grad_k
+        """Rows and both gradients, by the two passes; rows of other ranks are fetched once."""
+        plan = self._plan(operands.student_q, segment_ids)
+        if plan is None:
+            return self.local.value_and_grad(operands, softmax_scale, segment_ids, row_grad)
+        row_grad, unit = self._prepare(operands, softmax_scale, segment_ids, row_grad)
+        pivots = self._pivots(operands, softmax_scale, segment_ids)
+        job = self._start(plan, operands, segment_ids, [*pivots, row_grad])
+        values, statistics = self._forward(job, operands, softmax_scale)
+        job.own, job.foreign = ([x._replace(others=x.others[2:]) for x in rows] for rows in (job.own, job.foreign))
+        return values, *self._backward(job, operands, softmax_scale, statistics, unit)
+
+    def _forward(self, job: _Job, operands: Operands, scale: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+        plan = job.plan
+        states: dict[int, State] = {}
+
+        def visit_all(keys: Chunk, chunk: int, rows: Sequence[_Rows]) -> None:
+            for each, visit in job.visits(keys, chunk, rows):
+                states[each.chunk].add(self.visits.forward(visit, scale, (each.others[0], each.others[1])))
+
+        stream = self._keys(job)
+        next(stream)
+        for rows in (job.own, job.foreign):
+            if rows is job.foreign:
+                _wait(job.works)
+            states |= {each.chunk: State.start(each.others[0], each.others[1]) for each in rows}
+            for chunk in plan.own:
+                visit_all(job.keys[chunk], chunk, rows)
+        for _, chunk, keys in stream:
+            if keys is not None:
+                visit_all(keys, chunk, [*job.foreign, *job.own])
+                keys.clear()
+        found, works = self._start_return(plan, {each.chunk: states[each.chunk].rows(each.ids) for each in job.rows})
+        _wait(works)
+        values = torch.cat([found[chunk] for chunk in plan.own], 2)
+        statistics = zip(*(states[each.chunk].statistics() for each in job.rows), strict=True)
+        return values, tuple(torch.cat(each, 2) for each in statistics)
+
+    def _backward(
+        self, job: _Job, operands: Operands, scale: float, statistics: Sequence[Tensor], unit: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        plan, q, k = job.plan, operands.student_q, operands.student_k
+        kind = _working(q)
+        chunks = plan.rows[plan.rank]
+        lengths = [plan.span(chunk).stop - plan.span(chunk).start for chunk in chunks]
+        of_rows = dict(zip(chunks, zip(*(x.split(lengths, 2) for x in statistics), strict=True), strict=True))
+        k_grads = {chunk: torch.zeros_like(job.keys[chunk][0], dtype=kind) for chunk in plan.own}
+        q_grads: dict[int, Tensor] = {}
+
+        def visit_all(keys: Chunk, chunk: int, rows: Sequence[_Rows], k_grad: Tensor) -> None:
+            for each, visit in job.visits(keys, chunk, rows):
+                q_grad = q_grads[each.chunk]
+                self.visits.backward(visit, scale, of_rows[each.chunk], each.others[0], q_grad, k_grad)
+
+        stream = self._keys(job)
+        next(stream)
+        for rows in (job.own, job.foreign):
+            if rows is job.foreign:
+                _wait(job.works)
+            for each in rows:
+                # Of a self-relation the sum is wanted.
+                shared = operands.self_relation and each.chunk in k_grads
+                q_grads[each.chunk] = k_grads[each.chunk] if shared else torch.zeros_like(each.q_s, dtype=kind)
+            for chunk in plan.own:
+                visit_all(job.keys[chunk], chunk, rows, k_grads[chunk])
+        returns = _Returns(self, plan, k_grads)
+        returned: tuple[dict[int, Tensor], list[Any]] = {}, []
+        for step, chunk, keys in stream:
+            found = None if keys is None else torch.zeros_like(keys[0], dtype=kind)
+            if keys is not None and found is not None:
+                visit_all(keys, chunk, job.foreign, found)
+            if step == plan.steps[-1]:
+                # The foreign rows are done; this rank's own visit is still to come.
+                returned = self._start_return(plan, q_grads)
+            if keys is not None and found is not None:
+                visit_all(keys, chunk, job.own, found)
+                keys.clear()
+            returns.send(step, found)
+        returns.finish()
+        of_queries, works = returned
+        _wait(works)
+        grad = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        of_keys = None if operands.self_relation else torch.empty(k.shape, dtype=k.dtype, device=k.device)
+        for chunk in plan.own:
+            span, q_grad, k_grad = plan.span(chunk), of_queries[chunk], k_grads[chunk]
+            if unit is not None:
+                for x in (k_grad,) if q_grad is k_grad else (q_grad, k_grad):
+                    x.mul_(unit)
+            if of_keys is None:
+                grad[:, :, span] = k_grad if q_grad is k_grad else k_grad.add_(q_grad)
+            else:
+                grad[:, :, span], of_keys[:, :, span] = q_grad, k_grad
+        return grad, of_keys
+
+    def _pivots(self, operands: Operands, scale: float, segment_ids: Tensor | None) -> list[Tensor]:
+        q_s, k_s, q_t, k_t, _ = operands
+        return [own_logits(q, k, scale, segment_ids) for q, k in ((q_s, k_s), (q_t, k_t))]
+
+    def _prepare(
+        self, operands: Operands, scale: float, segment_ids: Tensor | None, row_grad: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The upstream gradient as visits take it, 0 for padding, which may be anything; see `torch_visit.prepare`."""
+        row_grad = row_grad.to(_working(operands.student_q))
+        if segment_ids is not None:
+            row_grad = torch.where((segment_ids >= 0)[:, None], row_grad, 0.0)
+        return self.visits.prepare(row_grad, operands.student_q.dtype, scale, self.group)
 
     def _plan(self, q: Tensor, segment_ids: Tensor | None) -> _Plan | None:
         """Who computes what, or None where no segment reaches beyond its shard; waits for the device once."""
@@ -191,31 +314,44 @@ class SequenceParallel:
             rows[worker] = sorted((less, more))
         return _Plan(rank, ranks, lengths, rows, sees)
 
-    def _fetch_rows(
-        self, plan: _Plan, operands: Operands, segment_ids: Tensor | None, others: list[Tensor]
-    ) -> list[_Rows]:
-        """The chunks whose rows this rank computes, its own or another's, with `others`, [B, H, T]."""
-        sources = [operands.student_q, operands.teacher_q, *others]
-        sources += [] if segment_ids is None else [segment_ids.long()]
-        parts = {c: [_cut(x, plan.span(c)) for x in sources] for c in (2 * plan.rank, 2 * plan.rank + 1)}
-        moves = [(c, c // 2, w) for w, chunks in enumerate(plan.rows) for c in chunks]
-        shapes = {c: [_like(x, plan.span(c)) for x in sources] for c in plan.rows[plan.rank]}
-        fetched = self._exchange(plan, moves, parts, shapes)
-        found = []
-        for chunk in plan.rows[plan.rank]:
-            q_s, q_t, *rest = fetched[chunk]
-            ids = rest.pop() if segment_ids is not None else None
-            found.append(_Rows(q_s, q_t, ids, rest))
-        return found
+    def _start(self, plan: _Plan, operands: Operands, segment_ids: Tensor | None, others: list[Tensor]) -> _Job:
+        """Cuts the shard into chunks, and sends for the rows of other ranks; `others` are [B, H, T]."""
+        ids = [] if segment_ids is None else [segment_ids.long()]
+        keys, rows = {}, {}
+        for chunk in plan.own:
+            span = plan.span(chunk)
+            keys[chunk] = [_cut(x, span) for x in (operands.student_k, operands.teacher_k, *ids)]
+            queries = (
+                keys[chunk][:2]
+                if operands.self_relation
+                else [_cut(x, span) for x in (operands.student_q, operands.teacher_q)]
+            )
+            rows[chunk] = [*queries, *(_cut(x, span) for x in (*others, *ids))]
 
-    def _return_rows(self, plan: _Plan, results: list[Tensor], shape: Sequence[int]) -> Tensor:
-        """Each chunk's result back to its owner, and there side by side along the tokens."""
-        parts = {c: [x.contiguous()] for c, x in zip(plan.rows[plan.rank], results, strict=True)}
-        moves = [(c, w, c // 2) for w, chunks in enumerate(plan.rows) for c in chunks]
-        whole = results[0].new_empty(shape)
-        own = (2 * plan.rank, 2 * plan.rank + 1)
-        fetched = self._exchange(plan, moves, parts, {c: [_like(whole, plan.span(c))] for c in own})
-        return torch.cat([fetched[c][0] for c in own], 2)
+        def named(chunk: int, tensors: list[Tensor]) -> _Rows:
+            return _Rows(chunk, tensors[0], tensors[1], tensors[-1] if ids else None, tensors[2 : 2 + len(others)])
+
+        # A chunk's shape is that of this rank's first or second one.
+        shapes = {chunk: rows[plan.own[chunk % 2]] for chunk in plan.rows[plan.rank]}
+        moves = [(chunk, chunk // 2, worker) for worker, chunks in enumerate(plan.rows) for chunk in chunks]
+        found, works = self._exchange(plan, moves, rows, shapes)
+        own = [named(chunk, x) for chunk, x in found.items() if chunk in plan.own]
+        foreign = [named(chunk, x) for chunk, x in found.items() if chunk not in plan.own]
+        return _Job(plan, keys, own, foreign, works)
+
+    def _start_return(self, plan: _Plan, results: dict[int, Tensor]) -> tuple[dict[int, Tensor], list[Any]]:
+        """Sends the results of rows to their owners; own chunk -> its result, once the works are waited for."""
+        parts = {chunk: [x] for chunk, x in results.items()}
+        example = next(iter(results.values()))
+        shapes = {}
+        for chunk in plan.own:
+            span = plan.span(chunk)
+            shapes[chunk] = [
+                example.new_empty(1).expand(*example.shape[:2], span.stop - span.start, *example.shape[3:])
+            ]
+        moves = [(chunk, worker, chunk // 2) for worker, chunks in enumerate(plan.rows) for chunk in chunks]
+        found, works = self._exchange(plan, moves, parts, shapes)
+        return {chunk: tensors[0] for chunk, tensors in found.items()}, works
 
     def _exchange(
         self,
@@ -223,8 +359,8 @@ class SequenceParallel:
         moves: list[tuple[int, int, int]],
         parts: dict[int, list[Tensor]],
         shapes: dict[int, list[Tensor]],
-    ) -> dict[int, list[Tensor]]:
-        """Carry out (chunk, from, to) moves, in the same order on every rank; what stays is not copied."""
+    ) -> tuple[dict[int, list[Tensor]], list[Any]]:
+        """Start (chunk, from, to) moves, in the same order on every rank; what stays is not copied."""
         found, operations = {}, []
         for chunk, source, target in moves:
             if plan.rank == target:
@@ -233,38 +369,35 @@ class SequenceParallel:
                     operations += [self._receive(x, source) for x in found[chunk]]
             elif plan.rank == source:
                 operations += [self._send(x, target) for x in parts[chunk]]
-        _wait(_start(operations))
-        return found
+        return found, _start(operations)
 
-    def _fetch_keys(
-        self, plan: _Plan, operands: Operands, segment_ids: Tensor | None
-    ) -> Iterator[tuple[int, dict[int, list[Tensor]]]]:
-        """For each step (owner, {chunk: [k_s, k_t, ids]}), the next step's keys on their way meanwhile.
+    def _keys(self, job: _Job) -> Iterator[tuple[tuple[int, int], int, Chunk | None]]:
+        """First an empty step, by which the first keys are on their way; then (step, chunk, keys, if needed) for each.
 
-        Whoever takes a step's keys clears them when done: nothing else holds them.
+        The next step's keys are on their way meanwhile. Whoever takes a step's keys clears them when done: nothing
+        else holds them.
         """
-        sources = [operands.student_k, operands.teacher_k]
-        sources += [] if segment_ids is None else [segment_ids.long()]
+        plan = job.plan
 
-        def begin(step: int) -> tuple[int, dict[int, list[Tensor]], list[Any]]:
-            owner, worker = (plan.rank - step) % plan.ranks, (plan.rank + step) % plan.ranks
-            wanted = plan.keys(plan.rank, owner)
-            if step == 0:
-                return owner, {c: [_cut(x, plan.span(c)) for x in sources] for c in wanted}, []
-            buffers = {c: [torch.empty_like(_like(x, plan.span(c))) for x in sources] for c in wanted}
-            operations = [self._receive(x, owner) for c in wanted for x in buffers[c]]
-            for chunk in plan.keys(worker, plan.rank):
-                operations += [self._send(_cut(x, plan.span(chunk)), worker) for x in sources]
-            return owner, buffers, _start(operations)
+        def begin(step: tuple[int, int]) -> tuple[int, Chunk | None, list[Any]]:
+            coming, going = plan.coming(step), plan.going(step)
+            buffers, operations = None, []
+            if coming is not None:
+                shapes = job.keys[plan.own[step[1]]]
+                buffers = [torch.empty_like(x) for x in shapes]
+                operations += [self._receive(x, coming[0]) for x in buffers]
+            if going is not None:
+                operations += [self._send(x, going[0]) for x in job.keys[going[1]]]
+            return -1 if coming is None else coming[1], buffers, _start(operations)
 
-        owner, keys, works = begin(0)
-        for step in range(plan.ranks):
+        steps = plan.steps
+        following = begin(steps[0])
+        yield (0, 0), -1, None
+        for i, step in enumerate(steps):
+            chunk, keys, works = following
             _wait(works)
-            following = begin(step + 1) if step + 1 < plan.ranks else None
-            yield owner, keys
-            if following is not None:
-                owner, keys, works = following
-                del following
+            following = begin(steps[i + 1]) if i + 1 < len(steps) else (-1, None, [])
+            yield step, chunk, keys
 
     def _send(self, x: Tensor, peer: int) -> dist.P2POp:
         return dist.P2POp(dist.isend, x, group=self.group, group_peer=peer)
@@ -273,41 +406,33 @@ class SequenceParallel:
         return dist.P2POp(dist.irecv, x, group=self.group, group_peer=peer)
 
 
-def _visits(plan: _Plan, rows: list[_Rows], keys: dict[int, list[Tensor]]) -> Iterator[tuple[int, int, Visit]]:
-    """(index into rows, chunk of keys, visit) for all that one step's keys are for."""
-    for chunk, (k_s, k_t, *ids) in keys.items():
-        for i, (number, mine) in enumerate(zip(plan.rows[plan.rank], rows, strict=True)):
-            if plan.sees[number][chunk]:
-                yield i, chunk, Visit(mine.q_s, mine.q_t, k_s, k_t, mine.ids, ids[0] if ids else None, number == chunk)
-
-
 class _Returns:
     """Gradients of fetched keys on their way back to their owners, and this rank's own coming in, a step behind."""
 
-    def __init__(self, parallel: SequenceParallel, plan: _Plan, k_grad: Tensor) -> None:
-        self.parallel, self.plan, self.k_grad = parallel, plan, k_grad
-        self.pending: tuple[list[Any], dict[int, Tensor], Any] = ([], {}, None)
+    def __init__(self, parallel: SequenceParallel, plan: _Plan, k_grads: dict[int, Tensor]) -> None:
+        self.parallel, self.plan, self.k_grads = parallel, plan, k_grads
+        self.pending: tuple[list[Any], Tensor | None, int, Tensor | None] = ([], None, 0, None)
 
-    def send(self, owner: int, found: dict[int, Tensor]) -> None:
-        """Send back a step's gradients, and take in those that this rank's keys got in that step elsewhere."""
+    def send(self, step: tuple[int, int], found: Tensor | None) -> None:
+        """Send back a step's gradient, and take in the one that this rank's keys got in that step elsewhere."""
         self.finish()
-        plan, rank = self.plan, self.plan.rank
-        if owner == rank:
-            self.pending = [], found, None
-            return
-        worker = (rank + (rank - owner)) % plan.ranks
-        incoming = {c: self.k_grad.new_empty(_like(self.k_grad, plan.span(c)).shape) for c in plan.keys(worker, rank)}
-        operations = [self.parallel._send(x, owner) for x in found.values()]
-        operations += [self.parallel._receive(x, worker) for x in incoming.values()]
-        self.pending = _start(operations), incoming, found
+        coming, going = self.plan.coming(step), self.plan.going(step)
+        operations, incoming, chunk = [], None, 0
+        if coming is not None and found is not None:
+            operations.append(self.parallel._send(found, coming[0]))
+        if going is not None:
+            worker, chunk = going
+            incoming = torch.empty_like(self.k_grads[chunk])
+            operations.append(self.parallel._receive(incoming, worker))
+        self.pending = _start(operations), incoming, chunk, found
 
     def finish(self) -> None:
-        """Wait for the last step's, and add them up."""
-        works, incoming, _ = self.pending
+        """Wait for the last step's, and add it up."""
+        works, incoming, chunk, _ = self.pending
         _wait(works)
-        for chunk, grad in incoming.items():
-            self.k_grad[:, :, self.plan.span(chunk)] += grad
-        self.pending = [], {}, None
+        if incoming is not None:
+            self.k_grads[chunk] += incoming
+        self.pending = [], None, 0, None
 
 
 def _id_range(ids: Tensor) -> Tensor:
@@ -325,13 +450,6 @@ def _working(x: Tensor) -> torch.dtype:
 def _cut(x: Tensor, span: slice) -> Tensor:
     """A chunk of [B, H, T, ...] or, of ids, [B, T]."""
     return (x[:, span] if x.dim() == 2 else x[:, :, span]).contiguous()
-
-
-def _like(x: Tensor, span: slice) -> Tensor:
-    """Its shape, type and device, without its memory."""
-    shape = list(x.shape)
-    shape[1 if x.dim() == 2 else 2] = span.stop - span.start
-    return x.new_empty(1).expand(shape)
 
 
 def _start(operations: list[dist.P2POp]) -> list[Any]:

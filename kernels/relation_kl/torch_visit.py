@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,14 +98,17 @@ def own_logits(q: Tensor, k: Tensor, scale: float, ids: Tensor | None) -> Tensor
         scale: softmax_scale.
         ids: [B, T] or None.
     """
-    batch, heads, seq_len, _ = q.shape
     kind = torch.promote_types(q.dtype, torch.float32)
-    found = torch.empty(batch, heads, seq_len, dtype=kind, device=q.device)
-    step = max(1, logits_budget(q.device) // (batch * heads * q.shape[3]))
-    for start in range(0, seq_len, step):
-        part = slice(start, start + step)
-        x = q[:, :, part].to(kind).unflatten(1, (k.shape[1], -1))
-        found[:, :, part] = (x * k[:, :, None, part].to(kind)).sum(-1).flatten(1, 2)
+    if q is k:
+        found = torch.linalg.vector_norm(q, dim=-1, dtype=kind).square_()
+    else:
+        batch, heads, seq_len, dim = q.shape
+        found = torch.empty(batch, heads, seq_len, dtype=kind, device=q.device)
+        step = max(1, logits_budget(q.device) // (batch * heads * dim))
+        for start in range(0, seq_len, step):
+            part = slice(start, start + step)
+            x = q[:, :, part].to(kind).unflatten(1, (k.shape[1], -1))
+            found[:, :, part] = (x * k[:, :, None, part].to(kind)).sum(-1).flatten(1, 2)
     found.mul_(scale * _LOG2_E)
     return found if ids is None else torch.where((ids >= 0)[:, None], found, 0.0)
 
@@ -128,15 +131,16 @@ def forward(visit: Visit, scale: float, pivots: tuple[Tensor, Tensor]) -> State:
     return total
 
 
-def prepare(row_grads: list[Tensor], dtype: torch.dtype, scale: float) -> tuple[list[Tensor], Tensor | None]:
-    """Upstream gradients [B, H, R] as `backward` takes them, and what its results are to be multiplied with, or None.
+def prepare(row_grad: Tensor, dtype: torch.dtype, scale: float, group: Any) -> tuple[Tensor, Tensor | None]:
+    """An upstream gradient [B, H, T] as `backward` takes it, and what its results are to be multiplied with, or None.
 
     Args:
-        row_grads: of all rows that this process computes; 0 for padding.
+        row_grad: of this process's rows; 0 for padding.
         dtype: of q and k.
         scale: softmax_scale.
+        group: processes that visit each other's rows, or None.
     """
-    return [g * scale for g in row_grads], None
+    return row_grad * scale, None
 
 
 def backward(

@@ -138,7 +138,7 @@ def backward(
     if narrow:
         if segment_ids is not None:
             g = torch.where(segment_ids[:, None] >= 0, g, 0.0)
-        unit = unit_of([g])
+        unit = unit_of(g.abs().amax())
         g = g / unit
     g = g.contiguous()
     names = _names(segment_ids)
@@ -207,13 +207,12 @@ def value_and_grad(
     return rows, grad_q, grad_k
 
 
-def unit_of(row_grads: Sequence[Tensor]) -> Tensor:
-    """A power of two at or above the largest |g|, float32 [].
+def unit_of(largest: Tensor) -> Tensor:
+    """A power of two at or above the largest |g|, both float32 [].
 
     With g / unit at most 1 the weights keep clear of fp16's limits, and dividing by it rounds nothing. On device, so
     that nobody waits for it.
     """
-    largest = torch.stack([g.abs().amax() if g.numel() else g.sum() for g in row_grads]).amax()
     exponent = torch.frexp(largest).exponent
     return torch.ldexp(torch.ones((), device=largest.device), exponent.clamp(min=-100))
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import triton
 from torch import Tensor
 
@@ -50,7 +51,7 @@ def places_of(visit: Visit) -> Places:
     rows, keys = visit.q_s.shape[2], visit.k_s.shape[2]
     if visit.diagonal:
         return Places(0, rows, rows, visit.row_ids)
-    first_row = triton.cdiv(keys, HOPPER_ROWS) * HOPPER_ROWS
+    first_row = -(-keys // HOPPER_ROWS) * HOPPER_ROWS
     names = None
     if visit.row_ids is not None and visit.key_ids is not None:
         between = visit.row_ids.new_full((visit.row_ids.shape[0], first_row - keys), -1)
@@ -93,13 +94,16 @@ def forward(visit: Visit, scale: float, pivots: tuple[Tensor, Tensor]) -> State:
     return State(m_s, m_t, l_s, l_t, a)
 
 
-def prepare(row_grads: list[Tensor], dtype: torch.dtype, scale: float) -> tuple[list[Tensor], Tensor | None]:
-    """As `torch_visit.prepare`; fp16 weights are kept clear of that type's limits."""
-    row_grads = [(g.float() * scale).contiguous() for g in row_grads]
+def prepare(row_grad: Tensor, dtype: torch.dtype, scale: float, group: Any) -> tuple[Tensor, Tensor | None]:
+    """As `torch_visit.prepare`; fp16 weights are kept clear of that type's limits, on all processes alike."""
+    row_grad = (row_grad.float() * scale).contiguous()
     if dtype != torch.float16:
-        return row_grads, None
-    unit = unit_of(row_grads)
-    return [g / unit * BOOST for g in row_grads], unit / BOOST
+        return row_grad, None
+    largest = row_grad.abs().amax()
+    if group is not None:
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    unit = unit_of(largest)
+    return row_grad / unit * BOOST, unit / BOOST
 
 
 def backward(

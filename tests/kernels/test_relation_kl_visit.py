@@ -64,11 +64,11 @@ def visited(
     for visit in both:
         state.add(visits.forward(visit, scale, pivots))
     g = upstream.to(kind) if row_ids is None else torch.where((row_ids >= 0)[:, None], upstream.to(kind), 0.0)
-    gradients, unit = visits.prepare([g], q_s.dtype, scale)
+    gradient, unit = visits.prepare(g, q_s.dtype, scale, None)
     q_grad = torch.zeros_like(x_s, dtype=kind)
     k_grads = [torch.zeros_like(visit.k_s, dtype=kind) for visit in both]
     for visit, k_grad in zip(both, k_grads, strict=True):
-        visits.backward(visit, scale, state.statistics(), gradients[0], q_grad, k_grad)
+        visits.backward(visit, scale, state.statistics(), gradient, q_grad, k_grad)
     results = [q_grad, torch.cat(k_grads, 2)]
     if unit is not None:
         results = [x * unit for x in results]
