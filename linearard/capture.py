@@ -29,6 +29,28 @@ Observer = Callable[
 ]
 
 
+class QkvTaken(Exception):
+    """Leaves an attention module from inside its attention function, once its q, k, v are all that was wanted."""
+
+    def __init__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        super().__init__()
+        self.tensors = query, key, value
+
+
+def ending_at(observer: Observer, layer: int) -> Observer:
+    """`observer`, which leaves the attention module of `layer` by `QkvTaken` with what it has replaced q, k, v by."""
+
+    def observe(
+        number: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        query, key, value = observer(number, query, key, value, scaling)
+        if number == layer:
+            raise QkvTaken(query, key, value)
+        return query, key, value
+
+    return observe
+
+
 @dataclass(frozen=True)
 class AttentionPass:
     """What one forward pass asks of attention.

@@ -36,6 +36,8 @@ FREE = (
     "train.resume",
     "data.cache_dir",
     "data.num_proc",
+    "cluster",
+    "profile",
 )
 
 

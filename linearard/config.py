@@ -53,6 +53,9 @@ class TeacherConfig:
 
     kind: str = "auto"  # auto | shared (the student's frozen weights, adapters off) | replica
     window: int | str = "native"  # native (max_position_embeddings of the base) | full | number of tokens
+    # Its q, k, v until the student's backward pass uses them: auto (the first that fits, by linearard.plan) | keep
+    # | recompute (from the attention's inputs) | offload (to host memory)
+    tensors: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,30 @@ class MetricsConfig:
 
 
 @dataclass(frozen=True)
+class ClusterConfig:
+    """What `--dry-run` plans for; null: the figures of `linearard.cluster.GPUS`. No step depends on it."""
+
+    gpus: int | None = None  # default: those of this machine, or parallel.sequence_parallel_size where it has none
+    gpus_per_node: int = 8
+    gpu: str = "auto"  # auto (what is here, else H200) | H200 | H100 | A100 | B200
+    memory_gib: float | None = None
+    peak_tflops: float | None = None  # dense bf16, of the data sheet; the others are what kernels reach
+    matmul_tflops: float | None = None
+    attention_tflops: float | None = None
+    relation_tflops: float | None = None
+    memory_gb_s: float | None = None
+    nvlink_gb_s: float | None = None  # per GPU and direction, as the next one
+    network_gb_s: float | None = None
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """A torch profiler trace of one step on rank 0, with the seconds of each part: run_dir/profile/."""
+
+    step: int = 0  # number of the step, from 1 (the first ones compile); 0: off
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole run."""
 
@@ -166,6 +193,8 @@ class Config:
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     metrics: MetricsConfig = MetricsConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    profile: ProfileConfig = ProfileConfig()
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -263,6 +292,7 @@ def check(config: Config) -> None:
             "set it to false"
         )
     _one_of("teacher.kind", config.teacher.kind, ("auto", "shared", "replica"))
+    _one_of("teacher.tensors", config.teacher.tensors, ("auto", "keep", "recompute", "offload"))
     if config.teacher.kind == "shared" and model.trainable != "lora":
         raise UserError(
             f"teacher.kind: shared needs a frozen base, but model.trainable is {model.trainable}; use replica or auto"
@@ -301,6 +331,16 @@ def check(config: Config) -> None:
     peak = config.metrics.peak_tflops
     if peak is not None and not peak > 0:
         raise UserError(f"metrics.peak_tflops: {peak} must be above 0; leave it out for a known GPU")
+    _check_cluster(config.cluster)
+    _at_least("profile.step", config.profile.step, 0)
+
+
+def _check_cluster(cluster: ClusterConfig) -> None:
+    for name, value in dataclasses.asdict(cluster).items():
+        if name in ("gpus", "gpus_per_node") and value is not None:
+            _at_least(f"cluster.{name}", value, 1)
+        elif isinstance(value, float) and not value > 0:
+            raise UserError(f"cluster.{name}: {value} must be above 0; leave it out for a known GPU")
 
 
 def _check_objective(objective: ObjectiveConfig) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -14,15 +16,21 @@ from transformers import PretrainedConfig
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from linearard import ds_config as ds
-from linearard import parallel, schedule
-from linearard.capture import AttentionPass, attention_core
+from linearard import parallel, plan, profiling, schedule
+from linearard.capture import AttentionPass, attention_core, ending_at
 from linearard.config import Config, layers_of, teacher_window
+from linearard.errors import UserError
+from linearard.head_loss import Logits, TokenTerms, chunk_tokens, token_loss, token_loss_of_adapted_head
 from linearard.layout import MicroBatch, cut, shards_hold_windows
-from linearard.losses import RelationLoss, TeacherRelations, logits_kl, next_token_loss
+from linearard.losses import RelationLoss
+from linearard.models.decoder import Decoder, Forwards, replaced_forwards
 from linearard.models.rope import RopeSwitch, scaled_config
 from linearard.models.student import load_model, make_trainable
 from linearard.models.teacher import Teacher
 from linearard.parallel import ParallelContext
+from linearard.teacher_tensors import OffloadedTensors, RecomputedTensors, TeacherTensors
+
+Loader = Callable[[Config, PretrainedConfig], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -42,18 +50,21 @@ class StepResult:
 class Engine:
     """The student's DeepSpeed engine with its teacher."""
 
-    def __init__(self, config: Config, native: PretrainedConfig, context: ParallelContext) -> None:
+    def __init__(
+        self, config: Config, native: PretrainedConfig, context: ParallelContext, loader: Loader = load_model
+    ) -> None:
         """Loads both models and starts ZeRO.
 
         Args:
             config: the run.
             native: the base's configuration (`models.student.load_model_config`).
             context: this rank's place.
+            loader: gives the frozen base under a configuration; called under a live `HfDeepSpeedConfig` at stage 3.
 
         Raises:
             UserError: the model cannot be loaded or does not fit the configuration.
         """
-        self.config, self.context = config, context
+        self.config, self.context, self._loader = config, context, loader
         self.window = teacher_window(config, native.max_position_embeddings)
         wants_local = config.parallel.relation_parallel != "heads" or context.sequence_parallel_size == 1
         self.local_windows = wants_local and shards_hold_windows(config.data.seq_len, self.window, context)
@@ -65,6 +76,7 @@ class Engine:
         # Every rank initialises the adapters alike; dropout differs by rank afterwards.
         torch.manual_seed(config.train.seed)
         student = make_trainable(self._load(self.scaled, self._ds_config), config)
+        self._decoder = self._parts(student)
         self.rope = RopeSwitch(student, native, self.scaled, config.data.seq_len, context.device)
         self.engine = self._initialize(student)
         torch.manual_seed(config.train.seed + 1 + context.rank)
@@ -80,6 +92,8 @@ class Engine:
             key_value_share=1.0 if self.local_windows or self.relation_group else 1.0 / copies,
             group=self.relation_group,
         )
+        self._last_layer = max(self.relation_loss.layers)
+        self._tensors = self._teacher_tensors(native)
 
     @property
     def module(self) -> nn.Module:
@@ -128,7 +142,8 @@ class Engine:
         loss += config.objective.next_token * next_token + config.objective.logits_kl * kl
         if not math.isfinite(loss):
             raise FloatingPointError(f"loss is {loss} at step {step}; weights are as they were before it")
-        self.engine.step()
+        with profiling.part("optimizer"):
+            self.engine.step()
         grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
         if not math.isfinite(grad_norm):  # DeepSpeed leaves such a step out
             raise FloatingPointError(f"gradient norm is {grad_norm} at step {step}; weights are as they were before it")
@@ -145,38 +160,73 @@ class Engine:
 
     def _micro_step(self, batch: MicroBatch, rows: int, labels: int) -> torch.Tensor:
         """Teacher forward, student forward, backward; returns this rank's [next-token, logits KL] sums."""
-        objective = self.config.objective
-        teacher = TeacherRelations(
-            self.weights, self.relation_loss.layers, batch.teacher_input_ids.shape[0] // batch.input_ids.shape[0]
-        )
-        teacher_logits = None
-        if self.weights or objective.logits_kl:
-            teacher_logits = self._teacher.forward(batch, teacher.observe, want_logits=bool(objective.logits_kl))
-        want_logits = bool(objective.next_token or objective.logits_kl)
-        observer = self.relation_loss.observer(teacher, batch.relation_segment_ids, rows, self.gradient_scale)
-        output = self.engine(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            logits_to_keep=0 if want_logits else 1,
-            attention_pass=AttentionPass(batch.segments, self._ulysses, observer, batch.observe_shards),
-        )
-        sums = torch.zeros(2, dtype=torch.float64, device=self.context.device)
-        # The output takes part even if no term reads it: ZeRO-3's hooks start there (relation gradients are added
-        # inside the layers, `losses.RelationLoss`).
-        loss = 0.0 * output.logits[:, -1, 0].sum().float()
-        if objective.next_token:
-            value = next_token_loss(output.logits, batch.labels)
-            sums[0] = value.detach()
-            loss = loss + value * (objective.next_token / max(labels, 1))
-        if teacher_logits is not None:
-            value = logits_kl(output.logits, teacher_logits, batch.labels)
-            sums[1] = value.detach()
-            loss = loss + value * (objective.logits_kl / max(labels, 1))
-        self.engine.backward(loss * self.gradient_scale, scale_wrt_gas=False)
+        with profiling.part("teacher"):
+            hidden = self._teacher_forward(batch)
+        terms = self._terms(batch, hidden, max(labels, 1))
+        del hidden
+        observer = self.relation_loss.observer(self._tensors, batch.relation_segment_ids, rows, self.gradient_scale)
+        forwards: Forwards = {} if terms else self._decoder.nothing_behind(self._last_layer)
+        if forwards:
+            observer = ending_at(observer, self._last_layer)
+        with replaced_forwards(forwards):  # in backward, too: checkpointing computes layers again there
+            until_hidden = self._decoder.until_hidden(partial(self._token_loss, terms))
+            with replaced_forwards(until_hidden), profiling.part("student forward"):
+                loss, sums = self.engine(
+                    input_ids=batch.input_ids,
+                    position_ids=batch.position_ids,
+                    use_cache=False,
+                    attention_pass=AttentionPass(batch.segments, self._ulysses, observer, batch.observe_shards),
+                )
+            del terms, until_hidden  # the teacher's hidden states
+            self._tensors.prefetch()
+            with profiling.part("backward"):
+                self.engine.backward(loss * self.gradient_scale, scale_wrt_gas=False)
+        assert not self._tensors.held, f"teacher tensors of layers {self._tensors.held} were not used"
         return sums
 
+    def _teacher_forward(self, batch: MicroBatch) -> torch.Tensor | None:
+        """Fills the teacher's tensors; returns its last hidden states [B, N, E] if a term needs them."""
+        if self.config.objective.logits_kl:
+            return self._teacher.forward(batch, self._tensors, None)
+        return self._teacher.forward(batch, self._tensors, self._last_layer) if self.weights else None
+
+    def _terms(self, batch: MicroBatch, teacher_hidden: torch.Tensor | None, labels: int) -> TokenTerms | None:
+        objective, chunk = self.config.objective, chunk_tokens(self.scaled.vocab_size)
+        if not objective.next_token and not objective.logits_kl:
+            return None
+        return TokenTerms(
+            batch.labels, objective.next_token / labels, objective.logits_kl / labels, teacher_hidden, chunk
+        )
+
+    def _token_loss(self, terms: TokenTerms | None, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(loss [], [next-token, logits KL] sums) of the student's last hidden states [B, N, E]."""
+        if terms is None:
+            # Exactly 0. The output takes part all the same: ZeRO-3's hooks start there (relation gradients are added
+            # inside the layers, `losses.RelationLoss`).
+            return hidden[:, :0].sum(dtype=torch.float32), hidden.new_zeros(2, dtype=torch.float64)
+        head = self._decoder.head
+        own = [p for p in head.parameters(recurse=False) if p.requires_grad]
+        adapted = len(own) < sum(p.requires_grad for p in head.parameters())
+
+        def run(logits: Logits, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            if adapted:
+                return token_loss_of_adapted_head(hidden, logits, terms, self._teacher.logits)
+            if terms.teacher_hidden is None:
+                return token_loss(hidden, logits, own, terms, None)
+            return self._teacher.inside_head(lambda theirs: token_loss(hidden, logits, own, terms, theirs))
+
+        return self._decoder.inside_head(run, hidden)
+
     # ------------------------------------------------------------------------------------------ building
+
+    def _parts(self, model: nn.Module) -> Decoder:
+        decoder, objective = Decoder.of(model), self.config.objective
+        if decoder.logits_factor is None and (objective.next_token or objective.logits_kl):
+            raise UserError(
+                "model.path: the model's logits are not its lm_head's output times a constant (capped?); set "
+                "objective.next_token and objective.logits_kl to 0, or use another model"
+            )
+        return decoder
 
     def _load(self, model_config: PretrainedConfig, ds_config: dict[str, Any]) -> nn.Module:
         """Loads weights: partitioned at once under ZeRO-3, whole otherwise."""
@@ -184,7 +234,7 @@ class Engine:
             self._hf_configs.append(HfDeepSpeedConfig(copy.deepcopy(ds_config)))
         else:
             unset_hf_deepspeed_config()
-        return load_model(self.config, model_config)
+        return self._loader(self.config, model_config)
 
     def _initialize(self, student: nn.Module) -> Any:
         train = self.config.train
@@ -211,9 +261,10 @@ class Engine:
         if kind == "auto":
             kind = "shared" if self.config.model.trainable == "lora" else "replica"
         if kind == "shared":
-            return Teacher(self.engine.module, self._ulysses, self.rope)
+            return Teacher(self._decoder.body, self._decoder, self._ulysses, self.rope)
         ds_config = ds.inference_only(self._ds_config)
         module = self._load(native, ds_config)
+        decoder = self._parts(module)
         # The native frequencies, in fp32 and out of reach of casts, as the shared teacher has them.
         RopeSwitch(module, native, self.scaled, self.config.data.seq_len, self.context.device).make_native()
         if ds.zero_stage(ds_config) == 3:
@@ -221,8 +272,24 @@ class Engine:
                 model=module, config=copy.deepcopy(ds_config), mpu=parallel.mpu(self.context), dist_init_required=False
             )
             inference: Any = engine
-            return Teacher(inference.module, self._ulysses, None)
-        return Teacher(module.to(self.context.device), self._ulysses, None)
+            return Teacher(inference.module, decoder, self._ulysses, None)
+        return Teacher(module.to(self.context.device), decoder, self._ulysses, None)
+
+    def _teacher_tensors(self, native: PretrainedConfig) -> TeacherTensors:
+        kind = plan.teacher_tensors(self.config, native, self._ds_config, self.context)
+        layers = self.relation_loss.layers
+        if kind == "offload":
+            return OffloadedTensors(self.weights, layers, self.context.device)
+        if kind == "keep" or not self.weights:
+            return TeacherTensors(self.weights, layers)
+        if any(self._teacher.decoder.attention(layer) is None for layer in layers):
+            if self.config.teacher.tensors == "auto":
+                return TeacherTensors(self.weights, layers)
+            raise UserError(
+                "teacher.tensors: recompute needs decoder layers with a module self_attn, which this model does not "
+                "have; use keep or offload"
+            )
+        return RecomputedTensors(self.weights, layers, self._teacher.acting)
 
     def _set_learning_rate(self, step: int) -> float:
         train = self.config.train

@@ -1,8 +1,8 @@
-"""The terms of the loss. Each gives (sum, count); the division by the globally counted rows happens once.
+"""The relation terms of the loss: sums, divided once by the globally counted rows.
 
-The relation terms never become part of a graph that spans layers. A layer's attention passes its q, k, v through
-`RelationLoss.observe`, an identity whose backward computes that layer's KL, value and gradient at once, and adds the
-gradient to those of q, k and v. Under gradient checkpointing only one layer's q, k, v is alive at that time, and
+They never become part of a graph that spans layers. A layer's attention passes its q, k, v through the observer, an
+identity whose backward computes that layer's KL, value and gradient at once, and adds the gradient to those of q, k
+and v. Under gradient checkpointing only one layer's q, k, v is alive at that time, and
 the KL is computed once although the layer's forward runs twice.
 """
 
@@ -14,39 +14,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from relation_kl import attention_kl_value_and_grad, relation_kl_value_and_grad
-from torch.utils.checkpoint import checkpoint
 
-LayerTensors = dict[str, torch.Tensor]  # "q", "k", "v" -> [B, H or Hkv, T, D]
-
-
-class TeacherRelations:
-    """Collects the teacher's q, k, v of the layers and relations that the loss uses."""
-
-    def __init__(self, relations: dict[str, float], layers: tuple[int, ...], windows_per_row: int = 1) -> None:
-        """windows_per_row: how many consecutive rows of the teacher's batch make one row of the student's."""
-        self._names = sorted({letter for name in relations for letter in name})
-        self._layers = frozenset(layers)
-        self._windows = windows_per_row
-        self.layers: dict[int, LayerTensors] = {}
-
-    def observe(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The `capture.Observer` of the teacher's forward pass."""
-        if layer in self._layers:
-            tensors = {"q": query, "k": key, "v": value}
-            self.layers[layer] = {name: self._join(tensors[name].detach()) for name in self._names}
-        return query, key, value
-
-    def _join(self, x: torch.Tensor) -> torch.Tensor:
-        """[B * n, H, W, D] -> [B, H, n * W, D]."""
-        if self._windows == 1:
-            return x
-        rows, heads, window, dim = x.shape
-        x = x.view(rows // self._windows, self._windows, heads, window, dim).transpose(1, 2)
-        return x.reshape(rows // self._windows, heads, self._windows * window, dim)
+from linearard import profiling
+from linearard.teacher_tensors import LayerTensors, TeacherTensors
 
 
 class RelationLoss:
@@ -88,12 +59,12 @@ class RelationLoss:
         self.sums: dict[tuple[int, str], torch.Tensor] = {}
 
     def observer(
-        self, teacher: TeacherRelations, segment_ids: torch.Tensor, rows: int, gradient_scale: float
+        self, teacher: TeacherTensors, segment_ids: torch.Tensor, rows: int, gradient_scale: float
     ) -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """The `capture.Observer` of one student forward pass.
 
         Args:
-            teacher: q, k, v of the same tokens and heads.
+            teacher: gives q, k, v of the same tokens and heads; each layer's are taken once, in backward.
             segment_ids: int32 [B, T], negative for padding.
             rows: valid rows of one head over all ranks and accumulation steps.
             gradient_scale: factor of the gradient, for what the optimizer's reduction divides by.
@@ -102,11 +73,13 @@ class RelationLoss:
         def observe(
             layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
         ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            if layer not in teacher.layers or not torch.is_grad_enabled():
+            if layer not in teacher.wanted or not torch.is_grad_enabled():
                 return query, key, value
 
             def value_and_grad(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, torch.Tensor]:
-                return self._layer(layer, {"q": q, "k": k, "v": v}, teacher.layers[layer], segment_ids, scaling, factor)
+                student, theirs = {"q": q, "k": k, "v": v}, teacher.take(layer)
+                with profiling.part("relation KL"):
+                    return self._layer(layer, student, theirs, segment_ids, scaling, factor)
 
             factor = gradient_scale / (len(self.layers) * max(rows, 1))
             return _AddRelationGradient.apply(query, key, value, value_and_grad)  # type: ignore[return-value]
@@ -185,55 +158,24 @@ class _AddRelationGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, value_and_grad: Any) -> Any:
+        ctx.set_materialize_grads(False)  # nothing comes from behind where attention is not computed
         ctx.save_for_backward(query, key, value)
         ctx.value_and_grad = value_and_grad
         return query.view_as(query), key.view_as(key), value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, *upstream: torch.Tensor) -> Any:
-        gradients = ctx.value_and_grad(*ctx.saved_tensors)
+    def backward(ctx: Any, *upstream: torch.Tensor | None) -> Any:
+        tensors = dict(zip("qkv", ctx.saved_tensors, strict=True))
+        gradients = ctx.value_and_grad(*tensors.values())
         ctx.value_and_grad = None
-        return *(
-            grad + gradients[name] if name in gradients else grad for name, grad in zip("qkv", upstream, strict=True)
-        ), None
-
-
-def next_token_loss(logits: torch.Tensor, labels: torch.Tensor, chunk: int = 2048) -> torch.Tensor:
-    """Sum of next-token cross-entropies in nats, fp32.
-
-    Args:
-        logits: [B, N, V].
-        labels: int64 [B, N], -100 where there is nothing to predict; already shifted.
-        chunk: tokens whose fp32 logits exist at a time, in forward and backward.
-    """
-
-    def part(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
-
-    return _in_chunks(part, chunk, logits.flatten(0, 1), labels.flatten())
-
-
-def logits_kl(student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, chunk: int = 2048) -> torch.Tensor:
-    """Sum of KL(teacher || student) of the next-token distributions in nats, fp32, where labels are >= 0.
-
-    Args:
-        student, teacher: logits [B, N, V].
-        labels: int64 [B, N].
-        chunk: tokens whose fp32 logits exist at a time.
-    """
-
-    def part(student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        log_s, log_t = F.log_softmax(student.float(), -1), F.log_softmax(teacher.float(), -1)
-        return ((log_t.exp() * (log_t - log_s)).sum(-1) * (labels >= 0)).sum()
-
-    return _in_chunks(part, chunk, student.flatten(0, 1), teacher.flatten(0, 1), labels.flatten())
-
-
-def _in_chunks(part: Callable[..., torch.Tensor], chunk: int, *tensors: torch.Tensor) -> torch.Tensor:
-    total = torch.zeros((), dtype=torch.float32, device=tensors[0].device)
-    for pieces in zip(*(x.split(chunk) for x in tensors), strict=True):
-        total = total + torch.as_tensor(checkpoint(part, *pieces, use_reentrant=False))
-    return total
+        totals: list[torch.Tensor] = []
+        for (name, x), grad in zip(tensors.items(), upstream, strict=True):
+            own = gradients.pop(name, None)
+            if grad is None:  # zeros where there is neither: DeepSpeed's hooks of the projection expect a gradient
+                totals.append(x.new_zeros(()).expand_as(x) if own is None else own)
+            else:
+                totals.append(grad if own is None else grad + own)
+        return *totals, None
 
 
 def per_layer_table(layers: tuple[int, ...], per_layer: dict[str, list[float]]) -> dict[str, dict[int, float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import textwrap
 import time
 
 from linearard import config as configuration
@@ -15,7 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the training; returns the exit status: 0 for success, 2 for a user's mistake."""
     parser = argparse.ArgumentParser(prog="linearard.train", description=__doc__)
     parser.add_argument("--config", required=True, help="YAML file, see launch/*.yaml")
-    parser.add_argument("--dry-run", action="store_true", help="check, print the configuration, start nothing")
+    parser.add_argument("--dry-run", action="store_true", help="check, print configuration and plan, start nothing")
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # the launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="key.subkey=value", help="override of a configuration value")
     options = parser.parse_intermixed_args(arguments)  # overrides may stand on both sides of --dry-run
@@ -38,11 +39,14 @@ def _run(options: argparse.Namespace) -> int:
     logs.configure()
     native = load_model_config(config.model)
     check_run(config, native)
+    from linearard import parallel, plan
+
     if options.dry_run:
         print(configuration.dump(config), end="")
+        planned = plan.ForDryRun.of(config, native)
+        print(textwrap.indent(planned.table(), "# ", lambda line: True))  # the output stays YAML
+        planned.refuse_what_cannot_fit()
         return 0
-    from linearard import parallel
-
     context = parallel.initialize(config.parallel.sequence_parallel_size)
     try:
         run(config, native, context)

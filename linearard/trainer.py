@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
-from linearard import checkpoint, evaluation, metrics
+from linearard import checkpoint, costs, ds_config, evaluation, metrics, plan, profiling
 from linearard import config as configuration
 from linearard.capture import AttentionPass
 from linearard.config import Config
@@ -73,6 +75,7 @@ def run(config: Config, native: PretrainedConfig, context: ParallelContext) -> N
     elif context.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(configuration.dump(config))
+    _warn_by_plan(config, native, context)
     engine = Engine(config, native, context)
     log.info("student and teacher frequencies differ by up to %.3g (relative)", engine.rope.largest_difference())
     step = 0
@@ -81,6 +84,33 @@ def run(config: Config, native: PretrainedConfig, context: ParallelContext) -> N
         stream.load_state_dict(position)
         log.info("going on from %s", resume_from)
     _loop(config, native, context, engine, stream, corpus, base, step)
+
+
+def _warn_by_plan(config: Config, native: PretrainedConfig, context: ParallelContext) -> None:
+    """On GPUs, says what the plan expects, and warns where it does not fit: a plan may err."""
+    if context.device.type != "cuda" or not context.is_main:
+        return
+    ds, on = ds_config.complete(config), plan.of_run(config, context)
+    planned = plan.plan_run(config, costs.dimensions_of(native), ds, on)
+    expected = f"{planned.step_seconds:.1f} s a step, {planned.peak_gib:.1f} GiB at the peak"
+    log.info("plan: %s, teacher.tensors %s", expected, planned.teacher_tensors)
+    if not planned.fits:
+        log.warning(
+            "plan: %s, with reserve %.1f of %.1f GiB: the GPU may run out of memory; --dry-run says what would fit",
+            expected, planned.needed_gib, planned.cluster.gpu.memory_gib,
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _profile(config: Config, context: ParallelContext, step: int) -> Iterator[None]:
+    """Profiles the step that the configuration names, on rank 0."""
+    if not (context.is_main and step == config.profile.step):
+        yield
+        return
+    folder = Path(config.run_dir) / "profile" / f"step-{step}"
+    with profiling.traced(folder, context.device):
+        yield
+    log.info("profile of step %d in %s: %s", step, folder, profiling.in_words(profiling.read_summary(folder)))
 
 
 def _prepare(config: Config, context: ParallelContext) -> Corpus:
@@ -141,7 +171,8 @@ def _loop(
                     f"model.tokenizer: token {largest} is beyond the model's vocabulary of {native.vocab_size}; "
                     "use the model's own tokenizer"
                 )
-            result = engine.step(batches, step)
+            with _profile(config, context, step + 1):
+                result = engine.step(batches, step)
             step += 1
             step_tokens = result.tokens
             tokens_seen += step_tokens
@@ -281,12 +312,11 @@ def check_run(config: Config, native: PretrainedConfig) -> None:
     Raises:
         UserError: names the field, its value and the remedy.
     """
-    from linearard.ds_config import complete
     from linearard.models.rope import scaled_config
     from linearard.models.student import shape_of
 
     configuration.check_against_model(config, shape_of(native))
-    complete(config)
+    ds_config.complete(config)
     scaled_config(native, config.model.rope_parameters, config.model.existing_rope)
     for i, source in enumerate(config.data.sources):
         if source.path is not None and not any(c in source.path for c in "*?[") and not Path(source.path).exists():

@@ -89,6 +89,27 @@ def test_dry_run_prints_the_resolved_configuration_and_writes_nothing(config_fil
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_dry_run_plans_and_refuses_what_cannot_fit(run: Run, config_file: Path) -> None:
+    status, out, _ = run("--config", config_file, "--dry-run", "cluster.gpu=H100", "teacher.tensors=keep")
+    assert status == 0 and yaml.safe_load(out)["cluster"]["gpu"] == "H100"
+    plan = [line for line in out.splitlines() if line.startswith("#")]
+    assert plan[0].startswith("# Plan for 1 x H100") and "scaled from the H200's" in plan[1]
+    for part in ("weights of the base", "peak of the allocator", "teacher", "step", "longest data.seq_len that fits"):
+        assert any(line.removeprefix("#").strip().startswith(part) for line in plan), part
+    status, out, err = run("--config", config_file, "--dry-run", "cluster.memory_gib=2.5", "cluster.gpu=H200")
+    assert "data.seq_len: 64 tokens on 1 H200 need" in _the_error(status, out, err)
+    assert "# Plan for 1 x H200" in out  # to see why
+    status, out, err = run("--config", config_file, "--dry-run", "cluster.gpu=Z80")
+    assert "cluster.gpu: 'Z80'" in _the_error(status, out, err)
+
+
+def test_a_profiled_step(run: Run, config_file: Path, tmp_path: Path) -> None:
+    status, _, err = run("--config", config_file, "profile.step=1", "evaluation.enabled=false")
+    assert status == 0, err
+    assert "profile of step 1 in" in err and "relation KL" in err
+    assert {path.name for path in (tmp_path / "run" / "profile" / "step-1").iterdir()} == {"trace.json", "summary.json"}
+
+
 def test_mistakes_that_are_found_before_anything_starts(run: Run, config_file: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()

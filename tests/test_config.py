@@ -204,6 +204,7 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     ({"model.precision": "fp16"}, r"^model\.precision: 'fp16' .*bf16, fp32"),
     ({"model.existing_rope": "ignore"}, r"^model\.existing_rope: 'ignore'.*refuse, compose"),
     ({"teacher.kind": "ema"}, r"^teacher\.kind: 'ema'.*auto, shared, replica"),
+    ({"teacher.tensors": "host"}, r"^teacher\.tensors: 'host'.*auto, keep, recompute, offload"),
     ({"teacher.window": "long"}, r"^teacher\.window: 'long'.*native, full"),
     ({"objective.relations": {"kv": 1.0}}, r"^objective\.relations: 'kv'.*qq, kk, vv, qk"),
     ({"objective.layers": "first"}, r"^objective\.layers: 'first'.*all, last"),

@@ -13,14 +13,23 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module imports from the floors below its own and, on its own floor, from what stands to its left.
 FLOORS = (
     ("linearard", "linearard.errors", "linearard.tree", "linearard.config"),
-    ("linearard.ds_config", "linearard.parallel", "linearard.logs", "linearard.schedule", "linearard.layout"),
+    (
+        *("linearard.ds_config", "linearard.parallel", "linearard.logs", "linearard.schedule", "linearard.layout"),
+        "linearard.cluster",
+    ),
     (
         "linearard.data",
+        "linearard.profiling",
         "linearard.capture",
+        "linearard.teacher_tensors",
+        "linearard.head_loss",
         "linearard.losses",
         "linearard.metrics",
+        "linearard.costs",
+        "linearard.plan",
         "linearard.checkpoint",
         "linearard.models",
+        "linearard.models.decoder",
         "linearard.models.rope",
         "linearard.models.student",
         "linearard.models.teacher",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from relation_kl import reference
 
-from linearard.losses import RelationLoss, TeacherRelations, logits_kl, next_token_loss, per_layer_table
+from linearard.head_loss import TokenTerms, chunk_tokens, token_loss, token_loss_of_adapted_head
+from linearard.losses import RelationLoss, per_layer_table
+from linearard.teacher_tensors import OffloadedTensors, TeacherTensors
 
 
 def _logits(seed: int, rows: int = 2, length: int = 13, vocabulary: int = 17) -> torch.Tensor:
@@ -22,26 +26,33 @@ def _labels() -> torch.Tensor:
     return labels
 
 
+def _both(chunk: int, hidden: torch.Tensor, teacher: torch.Tensor | None, factors: tuple[float, float]) -> Any:
+    """Loss and sums where the head is the identity: hidden states are logits."""
+    terms = TokenTerms(_labels(), *factors, teacher, chunk)
+    return token_loss(hidden, lambda x: x, [], terms, lambda x: x)
+
+
 @pytest.mark.parametrize("chunk", [1, 5, 26, 2048])
 def test_next_token_loss_does_not_depend_on_the_chunk(chunk: int) -> None:
     labels, logits = _labels(), _logits(0).requires_grad_()
-    value = next_token_loss(logits, labels, chunk)
-    value.backward()
+    value, sums = _both(chunk, logits, None, (0.5, 0.0))
+    (3 * value).backward()
     plain = _logits(0).double().requires_grad_()
     expected = sum(
         -F.log_softmax(plain[b, i], -1)[labels[b, i]] for b in range(2) for i in range(13) if labels[b, i] >= 0
     )
     expected.backward()
     assert value.dtype == torch.float32
-    assert value.item() == pytest.approx(expected.item(), rel=1e-6)
-    assert torch.allclose(logits.grad.double(), plain.grad, atol=1e-6)
+    assert 2 * value.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert sums.tolist() == pytest.approx([expected.item(), 0], rel=1e-6)
+    assert torch.allclose(logits.grad.double(), 1.5 * plain.grad, atol=1e-6)
     assert logits.grad[0, 0].abs().max() == 0  # no label, no gradient
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 26, 2048])
 def test_logits_kl_does_not_depend_on_the_chunk(chunk: int) -> None:
-    labels, student, teacher = _labels(), _logits(1).requires_grad_(), _logits(2).requires_grad_()
-    value = logits_kl(student, teacher, labels, chunk)
+    labels, student, teacher = _labels(), _logits(1).requires_grad_(), _logits(2)
+    value, sums = _both(chunk, student, teacher, (0.0, 1.0))
     plain = _logits(1).double().requires_grad_()
     p, log_q = F.softmax(_logits(2).double(), -1), F.log_softmax(plain, -1)
     rows = (p * (p.log() - log_q)).sum(-1)
@@ -49,22 +60,51 @@ def test_logits_kl_does_not_depend_on_the_chunk(chunk: int) -> None:
     (of_student,) = torch.autograd.grad(value, student)
     (of_plain,) = torch.autograd.grad(expected, plain)
     assert value.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert sums.tolist() == pytest.approx([0, expected.item()], rel=1e-6)
     assert torch.allclose(of_student.double(), of_plain, atol=1e-6)
-    assert logits_kl(_logits(1), _logits(1), labels, chunk).item() == 0
+    assert _both(chunk, _logits(1).requires_grad_(), _logits(1), (0.0, 1.0))[0].item() == 0
+
+
+@pytest.mark.parametrize("chunk", [4, 2048])
+def test_a_trained_head_gets_its_gradient(chunk: int) -> None:
+    """Both terms over a linear head with a bias, its weight and bias trained."""
+    generator, labels = torch.Generator().manual_seed(3), _labels()
+    hidden, theirs = (torch.randn(2, 13, 6, generator=generator) for _ in range(2))
+    head = torch.nn.Linear(6, 17)
+    leaf = hidden.clone().requires_grad_()
+    terms = TokenTerms(labels, 0.4, 0.2, theirs, chunk)
+    value, sums = token_loss(leaf, head, list(head.parameters()), terms, head)
+    found = torch.autograd.grad(value, (leaf, head.weight, head.bias))
+    again, sums_again = token_loss_of_adapted_head(leaf, head, terms, head)
+    found_again = torch.autograd.grad(again, (leaf, head.weight, head.bias))
+    weight, bias = (p.detach().double().requires_grad_() for p in (head.weight, head.bias))
+    double = hidden.double().requires_grad_()
+    log_s = F.log_softmax(F.linear(double, weight, bias), -1)
+    log_t = F.log_softmax(F.linear(theirs.double(), weight.detach(), bias.detach()), -1)
+    next_token = F.nll_loss(log_s.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+    kl = ((log_t.exp() * (log_t - log_s)).sum(-1) * (labels >= 0)).sum()
+    expected = torch.autograd.grad(0.4 * next_token + 0.2 * kl, (double, weight, bias))
+    assert sums.tolist() == sums_again.tolist() == pytest.approx([next_token.item(), kl.item()], rel=1e-6)
+    for a, b in zip((*found, *found_again), (*expected, *expected), strict=True):
+        assert a.dtype == torch.float32 and torch.allclose(a.double(), b, atol=2e-6)
 
 
 def test_bf16_logits_are_summed_in_fp32() -> None:
     labels, logits = _labels(), _logits(3).bfloat16()
     expected = F.cross_entropy(logits.double().flatten(0, 1), labels.flatten(), reduction="sum")
-    assert next_token_loss(logits, labels, 4).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert _both(4, logits.requires_grad_(), None, (1.0, 0.0))[0].item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_no_labels_give_zero() -> None:
-    labels = torch.full((2, 13), -100)
     logits = _logits(0).requires_grad_()
-    value = next_token_loss(logits, labels) + logits_kl(logits, _logits(1), labels)
+    terms = TokenTerms(torch.full((2, 13), -100), 1.0, 1.0, _logits(1), 5)
+    value, sums = token_loss(logits, lambda x: x, [], terms, lambda x: x)
     value.backward()
-    assert value.item() == 0 and logits.grad.abs().max() == 0
+    assert value.item() == 0 and sums.abs().sum() == 0 and logits.grad.abs().max() == 0
+
+
+def test_chunks_hold_a_bounded_number_of_logits() -> None:
+    assert chunk_tokens(32_000) == 1024 and chunk_tokens(128_256) == 256 and chunk_tokens(2**30) == 1
 
 
 class _Layer:
@@ -86,7 +126,7 @@ def test_relation_gradient_is_added_in_backward_and_counted_once() -> None:
     segments = torch.tensor([[0] * 5 + [1] * 6, [0] * 8 + [-1] * 3], dtype=torch.int32)
     rows, layers = int((segments >= 0).sum()), [_Layer(seed) for seed in range(3)]
     loss = RelationLoss(weights, chosen, 4, 2, key_value_share=1.0)
-    teacher = TeacherRelations(weights, chosen)
+    teacher = TeacherTensors(weights, chosen)
     for number, layer in enumerate(layers):
         same = teacher.observe(number, *layer.teacher, scale)
         assert all(a is b for a, b in zip(same, layer.teacher, strict=True))
@@ -97,6 +137,7 @@ def test_relation_gradient_is_added_in_backward_and_counted_once() -> None:
         outputs = observe(number, *layer.student, scale)
         assert all(torch.equal(a, b) for a, b in zip(outputs, layer.student, strict=True))
         torch.autograd.backward(outputs, upstream[number])
+    assert teacher.held == ()
     means, per_layer = loss.means(loss.stacked_sums(torch.device("cpu")), rows)
 
     total = torch.zeros((), dtype=torch.float64)
@@ -130,7 +171,7 @@ def test_relation_gradient_is_added_in_backward_and_counted_once() -> None:
 
 def test_nothing_is_observed_without_gradient() -> None:
     layer = _Layer(0)
-    teacher = TeacherRelations({"qq": 1.0}, (0,))
+    teacher = TeacherTensors({"qq": 1.0}, (0,))
     teacher.observe(0, *layer.teacher, 0.35)
     loss = RelationLoss({"qq": 1.0}, (0,), 4, 2, 1.0)
     with torch.no_grad():
@@ -138,15 +179,22 @@ def test_nothing_is_observed_without_gradient() -> None:
     assert outputs[0] is layer.student[0] and not loss.sums
 
 
-def test_teacher_windows_are_joined_to_rows() -> None:
-    """Windows that were the teacher's batch become neighbours again; only the letters in use are kept."""
+@pytest.mark.parametrize("offload", [False, True])
+def test_teacher_windows_are_joined_to_rows(offload: bool) -> None:
+    """Windows that were the teacher's batch become neighbours again; only the letters in use are kept, until taken."""
     q = torch.randn(6, 4, 5, 8)  # 2 rows of 3 windows of 5 tokens
-    teacher = TeacherRelations({"qq": 1.0, "qk": 1.0}, (1,), windows_per_row=3)
-    teacher.observe(0, q, q[:, :2], q[:, :2], 1.0)
-    teacher.observe(1, q, q[:, :2], q[:, :2], 1.0)
-    assert list(teacher.layers) == [1] and sorted(teacher.layers[1]) == ["k", "q"]
-    joined = teacher.layers[1]["q"]
-    assert joined.shape == (2, 4, 15, 8)
-    for row in range(2):
-        for window in range(3):
-            assert torch.equal(joined[row, :, window * 5 : window * 5 + 5], q[row * 3 + window])
+    weights, layers = {"qq": 1.0, "qk": 1.0}, (1, 2, 3)
+    teacher = OffloadedTensors(weights, layers, q.device) if offload else TeacherTensors(weights, layers)
+    teacher.begin(windows_per_row=3)
+    for layer in range(5):
+        teacher.observe(layer, layer * q, q[:, :2], q[:, :2], 1.0)
+    assert teacher.held == (1, 2, 3)
+    teacher.prefetch()
+    for layer in (3, 2, 1):  # as a backward pass comes to them
+        tensors = teacher.take(layer)
+        assert sorted(tensors) == ["k", "q"] and teacher.held == tuple(range(1, layer))
+        joined = tensors["q"]
+        assert joined.shape == (2, 4, 15, 8)
+        for row in range(2):
+            for window in range(3):
+                assert torch.equal(joined[row, :, window * 5 : window * 5 + 5], layer * q[row * 3 + window])

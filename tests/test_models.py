@@ -173,9 +173,9 @@ def _not_finite(engine: Any, trained: dict[str, nn.Parameter]) -> list[str]:
         return hook
 
     before, messages = weights(), []
-    head = next(module for name, module in engine.module.named_modules() if name.endswith("lm_head"))
+    norm = next(module for name, module in engine.module.named_modules() if name.endswith("model.norm"))
     for loss_too in (False, True):
-        handle = head.register_forward_hook(spoil(loss_too))
+        handle = norm.register_forward_hook(spoil(loss_too))
         try:
             engine.step(_batches()[:1], 2)
         except FloatingPointError as error:

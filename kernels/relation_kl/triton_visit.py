@@ -75,7 +75,7 @@ def forward(visit: Visit, scale: float, pivots: tuple[Tensor, Tensor]) -> State:
         m_s, m_t = torch.empty_like(l_s), torch.empty_like(l_s)
         tile = tiles_of(q).forward
         segments = places.bounds(tile.block_m, tile.block_n)
-        grid = (triton.cdiv(q.shape[2], tile.block_m) * q.shape[0] * q.shape[1],)
+        grid = (-(-q.shape[2] // tile.block_m) * q.shape[0] * q.shape[1],)
         _launch(forward_kernel, grid, visit, places, scale, segments, tile, (a, m_s, m_t, l_s, l_t), ())
         return State(m_s, m_t, l_s, l_t, a)
 

@@ -3,57 +3,110 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from linearard.capture import AttentionPass, Observer
+from linearard.capture import AttentionPass, ending_at
+from linearard.head_loss import Logits
 from linearard.layout import MicroBatch
+from linearard.models.decoder import Decoder, Forwards, replaced_forwards
 from linearard.models.rope import RopeSwitch
 from linearard.models.student import adapters_disabled
+from linearard.teacher_tensors import TeacherTensors
+
+T = TypeVar("T")
 
 
 class Teacher:
     """Runs the teacher's forward pass on a micro-batch's windows."""
 
-    def __init__(self, module: nn.Module, ulysses: Any, shared_rope: RopeSwitch | None) -> None:
+    def __init__(self, module: nn.Module, decoder: Decoder, ulysses: Any, shared_rope: RopeSwitch | None) -> None:
         """
         Args:
-            module: what is called: the student's module (shared) or the replica's.
+            module: what is called: the replica's module; the student's body (shared), because DeepSpeed takes a call
+                of its root for the start of a new step and would lose the order of modules that it prefetches by.
+            decoder: the parts of the model that `module` belongs to.
             ulysses: sequence parallelism for windows that span shards; None at size 1.
             shared_rope: the student's RoPE switch where the module is the student's, None for a replica.
         """
         self._module = module
         self._ulysses = ulysses
         self._rope = shared_rope
+        self.decoder = decoder
+        self._head_forward = decoder.head.forward
+
+    @contextlib.contextmanager
+    def acting(self, module: nn.Module) -> Iterator[None]:
+        """Within: `module`, a part of the model, is the teacher's: adapters off, no dropout, no checkpointing."""
+        was_training = module.training
+        with adapters_disabled(module) if self._rope is not None else contextlib.nullcontext():
+            module.eval()
+            try:
+                yield
+            finally:
+                module.train(was_training)
 
     @torch.no_grad()
-    def forward(self, batch: MicroBatch, observer: Observer, want_logits: bool) -> torch.Tensor | None:
-        """Runs the pass; `observer` sees each layer.
+    def forward(self, batch: MicroBatch, tensors: TeacherTensors, last_layer: int | None) -> torch.Tensor | None:
+        """Runs the pass; `tensors` gets what the relations need of each layer.
+
+        Args:
+            batch: the micro-batch.
+            tensors: filled here, for the student's backward pass.
+            last_layer: nothing is computed behind this layer's q, k, v; None: the whole pass.
 
         Returns:
-            Logits [B, N, V] if wanted, else None.
+            The last hidden states [B, N, E] of a whole pass, else None.
         """
+        tensors.begin(batch.teacher_input_ids.shape[0] // batch.input_ids.shape[0])
         attention_pass = AttentionPass(
             segments=batch.teacher_segments,
             ulysses=None if batch.local_windows else self._ulysses,
-            observer=observer,
+            observer=tensors.observe,
             observe_shards=batch.observe_shards,
         )
-        module = self._module
-        was_training = module.training
+        forwards: Forwards = {} if last_layer is None else self.decoder.nothing_behind(last_layer)
+        if last_layer is not None and forwards:
+            attention_pass = replace(attention_pass, observer=ending_at(tensors.observe, last_layer))
+        for layer in tensors.wanted:
+            attention = self.decoder.attention(layer)
+            if attention is not None:
+                forward = forwards.get(attention, attention.forward)
+                forwards[attention] = tensors.attention(layer, attention, forward)
+        hidden: list[torch.Tensor] = []
+        if self._module is not self.decoder.body:
+            forwards |= self.decoder.until_hidden(hidden.append)
         with contextlib.ExitStack() as stack:
             if self._rope is not None:
                 stack.enter_context(self._rope.native())
-                stack.enter_context(adapters_disabled(module))
-            module.eval()  # no dropout, no checkpointing
-            stack.callback(module.train, was_training)
-            output = module(
+            stack.enter_context(self.acting(self._module))
+            stack.enter_context(replaced_forwards(forwards))
+            output = self._module(
                 input_ids=batch.teacher_input_ids,
                 position_ids=batch.teacher_position_ids,
                 use_cache=False,
-                logits_to_keep=0 if want_logits else 1,
                 attention_pass=attention_pass,
             )
-        return output.logits.reshape(*batch.input_ids.shape, -1) if want_logits else None
+        if last_layer is not None:
+            return None
+        last = hidden[0] if hidden else output.last_hidden_state
+        return last.reshape(*batch.input_ids.shape, -1)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [n, V] of last hidden states [n, E].
+
+        A replica's head is called as a module: ZeRO-3 gathers its weights each time. A shared one is the student's:
+        this must be called inside the student's own head.
+        """
+        if self._rope is None:
+            return self.decoder.scaled(self.decoder.head)(hidden)
+        with adapters_disabled(self.decoder.head):
+            return self.decoder.scaled(self._head_forward)(hidden)
+
+    def inside_head(self, run: Callable[[Logits], T]) -> T:
+        """Calls `run` with `logits`, the weights gathered once around all of it."""
+        return self.decoder.inside_head(run) if self._rope is None else run(self.logits)
