@@ -75,7 +75,7 @@ def attention_forward(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    attention_pass: AttentionPass,
+    attention_pass: AttentionPass | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
@@ -83,6 +83,8 @@ def attention_forward(
     """What transformers calls: q [B, H, N, D], k and v [B, Hkv, N, D] to [B, N, H, D] (or [B, N, H * D])."""
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise UserError("model.path: attention with soft-capped logits or sinks is not supported")
+    if attention_pass is None:
+        raise UserError("model.path: the model does not hand its keyword arguments on to attention; use another one")
     if dropout:
         raise UserError("model.path: attention_dropout must be 0 in the model's config.json")
     scale: float = query.shape[-1] ** -0.5 if scaling is None else scaling

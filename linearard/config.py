@@ -111,7 +111,9 @@ class ParallelConfig:
     """How one sequence is spread over ranks."""
 
     sequence_parallel_size: int = 1  # P, the Ulysses degree
-    relation_parallel: str = "auto"  # auto | heads | sequence
+    # auto (no communication where shards hold whole windows, else by the cost model, `relation_mode`) | heads
+    # | sequence
+    relation_parallel: str = "auto"
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,14 @@ ones as Llama's, all ranks work alike. `linearard.plan` puts the parts together.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from relation_kl import cost_model
-
+from linearard import metrics
 from linearard.cluster import GIB, Cluster
 from linearard.config import Config, layers_of, teacher_window
+from linearard.relation_mode import HEADS, WINDOWS, RelationMode, RelationShape, pick, waiting_seconds
 
 # Constants that belong to no GPU. Bytes are per token and channel of a layer. Where they come from: the seconds and GiB
 # of the 7B table in README.md (step 2: 2.86 s, 35.9 GiB) and the same model without relations (18.3 GiB; bound by the
@@ -24,6 +25,7 @@ WORKING_SET = {"hidden": 40.0, "intermediate": 12.5}  # alive while a recomputed
 RELATION_SET = 22.0  # per channel of q: an fp32 buffer, and gradients of q, k, v from relations and from attention
 LOSS_CHUNK = 16.0 * 2**25  # bytes of `head_loss.CHUNK_LOGITS` logits, their softmax and gradients
 HOST_SECONDS = 0.0108  # of ZeRO-3's hooks, per layer and pass: no pass is faster
+QKV = ("q_proj", "k_proj", "v_proj")
 HALF_RATE_TOKENS = {"attention": 800, "relation": 930}  # length of a segment at which half the rate is reached
 OPTIMIZER_SECONDS = 0.015  # launches
 HOST_LINK_GB_S = 50.0  # PCIe 5 x16 and pinned memory, per direction; not measured
@@ -84,6 +86,28 @@ def dimensions_of(native: Any) -> Dimensions:
     )
 
 
+def relation_shape(config: Config, shape: Dimensions) -> RelationShape:
+    """What the mode of a run's relations depends on."""
+    return RelationShape(
+        seq_len=config.data.seq_len,
+        window=teacher_window(config, shape.native_length),
+        sequence_parallel_size=config.parallel.sequence_parallel_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_key_value_heads,
+        head_dim=shape.head_dim,
+        micro_batch_size=config.train.micro_batch_size,
+        element_size=2 if config.model.precision == "bf16" else 4,
+    )
+
+
+def relation_mode_of(config: Config, shape: Dimensions, cluster: Cluster) -> RelationMode:
+    """How a run spreads its relations over ranks, `relation_mode.pick`."""
+    of_relations = relation_shape(config, shape)
+    names = [name for name, weight in config.objective.relations.items() if weight]
+    tflops = _rate(cluster.gpu.relation_tflops, "relation", of_relations.window) / 1e12
+    return pick(config.parallel.relation_parallel, of_relations, names, cluster, tflops)
+
+
 class Run:
     """The numbers that both models start from, of one rank and one micro-batch."""
 
@@ -102,9 +126,9 @@ class Run:
         self.tokens = config.data.seq_len * config.train.micro_batch_size // self.size
         self.element = 2 if config.model.precision == "bf16" else 4
         self.window = teacher_window(config, shape.native_length)
-        shard = config.data.seq_len // self.size
-        inside_shards = config.parallel.relation_parallel != "heads" or self.size == 1
-        self.local_windows = inside_shards and shard % self.window == 0
+        self.relation_shape = relation_shape(config, shape)
+        self.relation_mode = relation_mode_of(config, shape, cluster)
+        self.local_windows = self.relation_mode.name == WINDOWS
         objective = config.objective
         self.relations = [name for name, weight in objective.relations.items() if weight]
         observed = layers_of(config, shape.num_hidden_layers)
@@ -118,9 +142,8 @@ class Run:
         self.student_layers = shape.num_hidden_layers if self.logits else max(observed)
         self.teacher_layers = shape.num_hidden_layers if objective.logits_kl else max(observed)
         self.lora = self.trainable if config.model.trainable == "lora" else 0
-        # Replicas of key-value heads where heads are divided over more ranks.
-        shards = self.local_windows or config.parallel.relation_parallel == "sequence"
-        self.copies = 1 if shards else max(self.size // shape.num_key_value_heads, 1)
+        # Of each key-value head where heads are divided over more ranks, which then divide its rows.
+        self.replicas = self.relation_shape.replicas if self.relation_mode.name == HEADS else 1
 
     @property
     def trainable(self) -> int:
@@ -129,14 +152,36 @@ class Run:
         if model.trainable == "full":
             return shape.parameters
         if model.trainable == "qkv":
-            return shape.num_hidden_layers * shape.linear("q_proj", "k_proj", "v_proj")
+            return shape.num_hidden_layers * shape.linear(*QKV)
         adapted = [shape.projections[name] for name in model.lora.target_modules if name in shape.projections]
         return shape.num_hidden_layers * model.lora.r * sum(a + b for a, b in adapted)
+
+    def passes(self) -> tuple[metrics.Pass, metrics.Pass]:
+        """What student and teacher compute for each token."""
+        shape, lora = self.shape, self.config.model.lora
+
+        def adapters(*names: str) -> int:
+            """LoRA's weights in one layer."""
+            return lora.r * sum(sum(shape.projections[name]) for name in names if name in lora.target_modules)
+
+        def weights(layers: int, logits: bool, of_layer: Callable[..., int], head: int) -> int:
+            return layers * of_layer(*shape.projections) + (head if logits else of_layer(*QKV))
+
+        base = weights(self.student_layers, self.logits, shape.linear, shape.head)
+        added = weights(self.student_layers, self.logits, adapters, 0) if self.lora else 0
+        projections = weights(self.student_layers, self.logits, lambda *_: shape.linear(*QKV), 0)
+        trained = {"full": base, "qkv": projections, "lora": added}[self.config.model.trainable]
+        whole = bool(self.config.objective.logits_kl)
+        reference = weights(self.teacher_layers, whole, shape.linear, shape.head)
+        return (
+            metrics.Pass(base + added, trained, self.student_layers),
+            metrics.Pass(reference, 0, self.teacher_layers),
+        )
 
     def channels(self, letters: str) -> int:
         """Channels per token of these of a layer's q, k and v on this rank."""
         query = self.shape.num_attention_heads * self.shape.head_dim
-        key = self.shape.num_key_value_heads * self.shape.head_dim * self.copies
+        key = self.shape.num_key_value_heads * self.shape.head_dim * self.replicas
         return sum(query if letter == "q" else key for letter in sorted(set(letters)))
 
     def offloads(self, what: str) -> bool:
@@ -237,7 +282,7 @@ def seconds(run: Run, teacher_tensors: str) -> dict[str, float]:
         moved = channels * shape.hidden_size + ELEMENTWISE["intermediate"] * shape.intermediate_size
         return tokens * moved * run.element / 2 / (gpu.memory_gb_s * 1e9)
 
-    projections = products(shape.linear("q_proj", "k_proj", "v_proj"))
+    projections = products(shape.linear(*QKV))
     forward = layers * (products(matrices + run.lora * own) + attention(seq_len) + elementwise(adapted))
     again = forward if config.model.gradient_checkpointing else 0.0
     backward = products(matrices + (run.lora + run.trainable) * own) + 2.5 * attention(seq_len)
@@ -291,35 +336,15 @@ def seconds(run: Run, teacher_tensors: str) -> dict[str, float]:
 def relations(run: Run) -> dict[str, float]:
     """Seconds of each relation, forward and backward, of one micro-batch: 6 half products over the windows.
 
-    With `relation_parallel: sequence`, of windows that span ranks, `relation_kl.cost_model` adds what cannot be hidden.
+    `relation_kl.cost_model` adds what of the exchanges cannot be hidden.
     """
     found, rate = {}, _rate(run.cluster.gpu.relation_tflops, "relation", run.window)
-    over_group = run.config.parallel.relation_parallel == "sequence" and not run.local_windows
     for name in run.relations:
-        channels = run.channels("q") if "q" in name else run.channels("k")
-        found[name] = 6.0 * run.tokens * channels * run.window * run.relation_layers / rate
-        if over_group:
-            found[name] += run.relation_layers * _waits_in_groups(run, name, rate)
+        channels = run.channels("q") if "q" in name else run.channels("k") / run.replicas
+        seconds = 6.0 * run.tokens * channels * run.window / rate
+        seconds += waiting_seconds(run.relation_mode.name, run.relation_shape, name, run.cluster, rate / 1e12)
+        found[name] = run.relation_layers * seconds
     return found
-
-
-def _waits_in_groups(run: Run, name: str, rate: float) -> float:
-    """Seconds that a layer's relation waits for other ranks: a window spans as many of them as it has shards."""
-    shape, shard = run.shape, run.config.data.seq_len // run.size
-    ranks = min(run.size, -(-run.window // shard))
-    queries, keys = shape.num_attention_heads, shape.num_key_value_heads
-    relation = cost_model.Relation(
-        tokens=2 * ranks * max(1, run.window // (2 * ranks)),
-        heads=queries if "q" in name else keys,
-        key_heads=queries if name == "qq" else keys,
-        head_dim=shape.head_dim,
-        is_self=name != "qk",
-        batch=run.config.train.micro_batch_size,
-        element_size=run.element,
-    )
-    machine = cost_model.Machine(tflops=rate / 1e12, link_gb_s=run.cluster.link_gb_s(run.size))
-    cost = cost_model.sequence(relation, ranks, machine)
-    return cost.seconds - cost.compute
 
 
 def _rate(tflops: float, kind: str, length: int) -> float:
@@ -332,8 +357,8 @@ def _all_to_alls(run: Run) -> float:
     if run.size == 1:
         return 0.0
     shape = run.shape
-    copies = max(run.size // shape.num_key_value_heads, 1)
-    channels = 2 * shape.head_dim * (shape.num_attention_heads + shape.num_key_value_heads * copies)
+    key_heads = shape.num_key_value_heads * run.relation_shape.replicas
+    channels = 2 * shape.head_dim * (shape.num_attention_heads + key_heads)
     passes = 2 + (1 if run.config.model.gradient_checkpointing else 0) + (run.teacher and not run.local_windows)
     moved = passes * shape.num_hidden_layers * run.tokens * channels * run.element * (run.size - 1) / run.size
     return moved / (run.cluster.link_gb_s(run.size) * 1e9)

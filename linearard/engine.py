@@ -21,14 +21,18 @@ from linearard.capture import AttentionPass, attention_core, ending_at
 from linearard.config import Config, layers_of, teacher_window
 from linearard.errors import UserError
 from linearard.head_loss import Logits, TokenTerms, chunk_tokens, token_loss, token_loss_of_adapted_head
-from linearard.layout import MicroBatch, cut, shards_hold_windows
+from linearard.layout import MicroBatch, cut
+from linearard.logs import get_logger
 from linearard.losses import RelationLoss
 from linearard.models.decoder import Decoder, Forwards, replaced_forwards
 from linearard.models.rope import RopeSwitch, scaled_config
 from linearard.models.student import load_model, make_trainable
 from linearard.models.teacher import Teacher
 from linearard.parallel import ParallelContext
+from linearard.relation_mode import HEADS, SEQUENCE, WINDOWS
 from linearard.teacher_tensors import OffloadedTensors, RecomputedTensors, TeacherTensors
+
+log = get_logger("engine")
 
 Loader = Callable[[Config, PretrainedConfig], nn.Module]
 
@@ -66,10 +70,9 @@ class Engine:
         """
         self.config, self.context, self._loader = config, context, loader
         self.window = teacher_window(config, native.max_position_embeddings)
-        wants_local = config.parallel.relation_parallel != "heads" or context.sequence_parallel_size == 1
-        self.local_windows = wants_local and shards_hold_windows(config.data.seq_len, self.window, context)
-        over_group = config.parallel.relation_parallel == "sequence" and not self.local_windows
-        self.relation_group = context.sequence_parallel_group if over_group else None
+        mode = plan.relation_mode(config, native, context)
+        self.local_windows = mode.name == WINDOWS
+        self.relation_group = parallel.relation_group(context) if mode.name == SEQUENCE else None
         self._ds_config = ds.complete(config)
         self.scaled = scaled_config(native, config.model.rope_parameters, config.model.existing_rope)
         self._hf_configs: list[HfDeepSpeedConfig] = []  # transformers keeps only weak references
@@ -83,13 +86,16 @@ class Engine:
         self._ulysses = parallel.ulysses(attention_core, native, config.train.micro_batch_size, context)
         self._teacher = self._build_teacher(native)
         self.weights = {name: weight for name, weight in config.objective.relations.items() if weight}
-        copies = max(context.sequence_parallel_size // native.num_key_value_heads, 1)
+        if self.weights and context.sequence_parallel_size > 1:
+            log.info("relations: mode %s: %s", mode.name, mode.why)
+        # Ulysses gives each key-value head to so many neighbouring ranks, and adds up their gradients.
+        replicas = max(context.sequence_parallel_size // native.num_key_value_heads, 1) if mode.name == HEADS else 1
         self.relation_loss = RelationLoss(
             self.weights,
             layers_of(config, native.num_hidden_layers),
             native.num_attention_heads,
             native.num_key_value_heads,
-            key_value_share=1.0 if self.local_windows or self.relation_group else 1.0 / copies,
+            (context.sequence_parallel_rank % replicas, replicas) if replicas > 1 else None,
             group=self.relation_group,
         )
         self._last_layer = max(self.relation_loss.layers)
@@ -260,7 +266,9 @@ class Engine:
         kind = self.config.teacher.kind
         if kind == "auto":
             kind = "shared" if self.config.model.trainable == "lora" else "replica"
-        if kind == "shared":
+        objective = self.config.objective
+        needed = objective.logits_kl or any(objective.relations.values())
+        if kind == "shared" or not needed:
             return Teacher(self._decoder.body, self._decoder, self._ulysses, self.rope)
         ds_config = ds.inference_only(self._ds_config)
         module = self._load(native, ds_config)

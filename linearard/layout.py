@@ -88,7 +88,7 @@ class MicroBatch:
         teacher_segments: of [B * N / W, W], or of [B, T] where the teacher runs inside Ulysses, too.
         local_windows: shards hold whole windows of W tokens; teacher and relations need no communication.
         observe_shards: relations see shards of all heads, before Ulysses' all-to-all: with local windows, and where
-            they are computed over a group (relation_parallel: sequence).
+            they are computed over a group (mode sequence).
         relation_segment_ids: int32 on the device, [B, N] if observe_shards, else [B, T].
         relation_rows: valid rows of the relations in this rank's shard, for one head.
         label_count: next-token labels in this rank's shard.
@@ -108,11 +108,6 @@ class MicroBatch:
     label_count: int
 
 
-def shards_hold_windows(seq_len: int, window: int, context: ParallelContext) -> bool:
-    """Whether each rank's shard is a whole number of windows."""
-    return (seq_len // context.sequence_parallel_size) % window == 0
-
-
 def cut(
     batch: dict[str, torch.Tensor], window: int, local_windows: bool, observe_shards: bool, context: ParallelContext
 ) -> MicroBatch:
@@ -121,7 +116,7 @@ def cut(
     Args:
         batch: host tensors [B, T]: input_ids, labels, position_ids, segment_ids (negative: padding).
         window: tokens of one teacher window.
-        local_windows: run teacher and relations on whole windows inside each shard (`shards_hold_windows`).
+        local_windows: run teacher and relations on whole windows inside each shard (`relation_mode`).
         observe_shards: compute relations on shards of all heads; implied by local_windows.
         context: this rank's place.
     """

@@ -33,7 +33,7 @@ class RelationLoss:
         layers: tuple[int, ...],
         num_attention_heads: int,
         num_key_value_heads: int,
-        key_value_share: float,
+        key_value_row_share: tuple[int, int] | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> None:
         """
@@ -42,8 +42,8 @@ class RelationLoss:
             layers: layer numbers.
             num_attention_heads: H of the whole model, the heads of qq and qk.
             num_key_value_heads: Hkv of the whole model, the heads of kk and vv.
-            key_value_share: what this rank counts of each of its key-value heads: below 1 where ranks hold
-                replicas of the same head.
+            key_value_row_share: (index, count) where `count` ranks hold replicas of the same key-value head: they
+                divide the rows of kk and vv, and whoever made the replicas adds up their gradients.
             group: the ranks over which the observed tensors are sharded along the sequence; None: they are whole,
                 or windows that need no other rank.
         """
@@ -51,7 +51,7 @@ class RelationLoss:
         self.weights = weights
         self.layers = layers
         self._heads = {name: num_attention_heads if "q" in name else num_key_value_heads for name in weights}
-        self._share = {name: 1.0 if "q" in name else key_value_share for name in weights}
+        self.key_value_row_share = key_value_row_share
         self.reset()
 
     def reset(self) -> None:
@@ -103,9 +103,8 @@ class RelationLoss:
 
         batch, heads, length, _ = student["q"].shape
         for name, weight in self.weights.items():
-            share = self._share[name]
             count = heads if "q" in name else student["k"].shape[1]
-            upstream = torch.full((), factor * weight * share / self._heads[name], device=segment_ids.device)
+            upstream = torch.full((), factor * weight / self._heads[name], device=segment_ids.device)
             upstream = upstream.expand(batch, count, length)
             if name == "qk":
                 rows, of_query, of_key = attention_kl_value_and_grad(
@@ -129,9 +128,10 @@ class RelationLoss:
                     softmax_scale=scaling,
                     segment_ids=segment_ids,
                     group=self._group,
+                    row_share=None if letter == "q" else self.key_value_row_share,
                 )
                 add(letter, gradient)
-            total = rows.sum(dtype=torch.float64) * share
+            total = rows.sum(dtype=torch.float64)
             key = (layer, name)
             self.sums[key] = self.sums[key] + total if key in self.sums else total
         return gradients

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import resource
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 # Dense bf16 peak of one GPU in TFLOP/s, from the vendors' data sheets; for MFU only.
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0, "L40S": 362.0, "B200": 2250.0}
+
+QKV_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value")  # in parameters' names
 
 
 class MetricsWriter:
@@ -66,32 +70,64 @@ def _flat(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
     return found
 
 
+class Pass(NamedTuple):
+    """What one model needs for each token of a step.
+
+    Attributes:
+        weights: in matrix products.
+        trained: those of them that get a gradient.
+        attention_layers: layers whose attention is computed.
+    """
+
+    weights: int
+    trained: int
+    attention_layers: int
+
+
+def needed_weights(sizes: dict[str, int], last_layer: int | None) -> dict[str, int]:
+    """Those of a model's parameters (name -> size) that take part in matrix products of a pass.
+
+    Args:
+        sizes: of all parameters; a head tied to the embeddings under a name without "embed".
+        last_layer: nothing behind this layer's q, k, v is needed; None: logits are.
+    """
+
+    def needed(name: str) -> bool:
+        found = re.search(r"\blayers\.(\d+)\.", name)
+        if found is None:
+            return last_layer is None and "embed" not in name
+        layer, last = int(found[1]), math.inf if last_layer is None else last_layer
+        return layer < last or (layer == last and any(part in name for part in QKV_PROJECTIONS))
+
+    return {name: size for name, size in sizes.items() if "norm" not in name and needed(name)}
+
+
 def step_flops(
     *,
     tokens: int,
     seq_len: int,
     window: int,
-    matmul_parameters: int,
-    trainable_parameters: int,
-    layers: int,
+    student: Pass,
+    teacher: Pass | None,
     relation_layers: int,
     heads: dict[str, int],
     num_attention_heads: int,
     head_dim: int,
-    teacher: bool,
 ) -> float:
     """Floating-point operations that one step needs, over all ranks; nothing is counted for recomputation.
 
-    Per token, with N parameters in matrix products: teacher 2 N; student forward 2 N, gradient of activations 2 N,
-    gradient of weights 2 N_trainable. Attention of H heads of dimension D over a causal context of n: forward 2 H D n
-    (two half products of n x n), backward twice that; teacher with n = window. A relation of H_r heads: 6 half
-    products over the window, 6 H_r D window per token and layer.
+    Per token, with N weights in matrix products: teacher 2 N (without adapters); student forward 2 N, gradient of
+    activations 2 N, gradient of weights 2 N_trained. Attention of H heads of dimension D over a causal context of n:
+    forward 2 H D n (two half products of n x n), backward twice that; teacher with n = window. Where no term needs the
+    logits, a pass ends with q, k, v of the last layer that is observed. A relation of H_r heads: 6 half products over
+    the window, 6 H_r D window per token and layer.
     """
-    attention = 2.0 * num_attention_heads * head_dim * layers
-    student = (4.0 * matmul_parameters + 2.0 * trainable_parameters) + 3.0 * attention * seq_len
-    reference = 2.0 * matmul_parameters + attention * window if teacher else 0.0
-    relations = 6.0 * head_dim * window * relation_layers * sum(heads.values())
-    return tokens * (student + reference + relations)
+    attention = 2.0 * num_attention_heads * head_dim
+    total = 4.0 * student.weights + 2.0 * student.trained + 3.0 * attention * student.attention_layers * seq_len
+    if teacher is not None:
+        total += 2.0 * teacher.weights + attention * teacher.attention_layers * window
+    total += 6.0 * head_dim * window * relation_layers * sum(heads.values())
+    return tokens * total
 
 
 def peak_tflops(device: torch.device, configured: float | None) -> float | None:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.sequence_parallel import parallel_state_sp
 from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+from relation_kl import nccl_options
 
 from linearard.errors import UserError
 
@@ -164,6 +165,20 @@ def ulysses(
         process_group=cast(Any, context.sequence_parallel_group),
         seq_length_is_variable=True,
     )
+
+
+def relation_group(context: ParallelContext) -> dist.ProcessGroup | None:
+    """The sequence-parallel ranks as a group for the relations alone, on GPUs with `relation_kl.nccl_options`.
+
+    A collective call of all ranks.
+    """
+    if context.device.type != "cuda" or context.sequence_parallel_group is None:
+        return context.sequence_parallel_group
+    groups: list[Any] = []
+    for first in range(0, context.world_size, context.sequence_parallel_size):
+        ranks = list(range(first, first + context.sequence_parallel_size))
+        groups.append(dist.new_group(ranks, backend="nccl", pg_options=nccl_options()))
+    return groups[context.data_parallel_rank]
 
 
 def _free_port() -> int:

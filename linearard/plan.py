@@ -15,6 +15,7 @@ from linearard.config import Config
 from linearard.costs import Dimensions
 from linearard.errors import UserError
 from linearard.parallel import ParallelContext
+from linearard.relation_mode import HEADS, WINDOWS, RelationMode
 
 RESERVE_GIB, RESERVE_SHARE = 2.0, 0.05  # CUDA context, NCCL and workspaces; fragments, as a share of what is allocated
 AUTO_SHARE = 0.9  # of the GPU's memory that `teacher.tensors: auto` may fill
@@ -33,6 +34,7 @@ class Plan:
         tokens: of an optimizer step, over all ranks.
         flops: that a step needs, over all ranks (`metrics.step_flops`: nothing for recomputation).
         teacher_tensors: keep | recompute | offload.
+        relation_mode: how the relations are spread over ranks.
     """
 
     cluster: Cluster
@@ -42,6 +44,7 @@ class Plan:
     tokens: int
     flops: float
     teacher_tensors: str
+    relation_mode: RelationMode
 
     @property
     def peak_gib(self) -> float:
@@ -92,22 +95,22 @@ def plan_run(
 
 def _plan(run: costs.Run, teacher_tensors: str) -> Plan:
     config, shape = run.config, run.shape
+    student, of_teacher = run.passes()
     flops = metrics.step_flops(
         tokens=1,
         seq_len=config.data.seq_len,
         window=run.window,
-        matmul_parameters=shape.num_hidden_layers * shape.linear() + shape.head + run.lora,
-        trainable_parameters=run.trainable,
-        layers=shape.num_hidden_layers,
+        student=student,
+        teacher=of_teacher if run.teacher else None,
         relation_layers=run.relation_layers,
         heads={n: shape.num_attention_heads if "q" in n else shape.num_key_value_heads for n in run.relations},
         num_attention_heads=shape.num_attention_heads,
         head_dim=shape.head_dim,
-        teacher=run.teacher,
     )
     tokens = run.tokens * run.cluster.gpus * config.train.gradient_accumulation_steps
     memory, host = costs.memory(run, teacher_tensors)
-    return Plan(run.cluster, memory, host, costs.seconds(run, teacher_tensors), tokens, flops * tokens, teacher_tensors)
+    seconds = costs.seconds(run, teacher_tensors)
+    return Plan(run.cluster, memory, host, seconds, tokens, flops * tokens, teacher_tensors, run.relation_mode)
 
 
 def teacher_tensors(config: Config, native: Any, ds: dict[str, Any], context: ParallelContext) -> str:
@@ -127,6 +130,23 @@ def teacher_tensors(config: Config, native: Any, ds: dict[str, Any], context: Pa
         mine = plan_run(config, costs.dimensions_of(native), ds, of_run(config, context)).teacher_tensors
     votes[TEACHER_TENSORS.index(mine)] = 1.0
     return TEACHER_TENSORS[int(context.all_reduce(votes).nonzero().max())]  # GPUs may differ a little
+
+
+def relation_mode(config: Config, native: Any, context: ParallelContext) -> RelationMode:
+    """How a run that starts spreads its relations over ranks, the same on all ranks.
+
+    Args:
+        config: checked against the model.
+        native: the base's transformers configuration.
+        context: this rank's place.
+    """
+    mine = costs.relation_mode_of(config, costs.dimensions_of(native), of_run(config, context))
+    if config.parallel.relation_parallel != "auto" or context.sequence_parallel_size == 1 or mine.name == WINDOWS:
+        return mine
+    by_heads = context.all_reduce(torch.tensor(float(mine.name == HEADS), device=context.device))
+    if by_heads and mine.name != HEADS:  # links that differ
+        return RelationMode(HEADS, "as other ranks find it better")
+    return mine
 
 
 def of_run(config: Config, context: ParallelContext) -> Cluster:
@@ -243,6 +263,8 @@ def table(plan: Plan) -> str:
     lines += ["", *_columns("seconds a step", plan.seconds, 3), _line("step", plan.step_seconds, 3), ""]
     rate = plan.tokens_per_second_per_gpu
     lines.append(f"{rate:,.0f} tokens/s/GPU, MFU {plan.mfu:.3f}, teacher.tensors {plan.teacher_tensors}")
+    if any(name.startswith("relation ") for name in plan.seconds):
+        lines.append(f"relations: {plan.relation_mode.name} ({plan.relation_mode.why})")
     lines.append("A model with one document a sequence, not a measurement; shorter documents take less time.")
     return "\n".join(lines)
 

@@ -129,22 +129,32 @@ class RecomputedTensors(TeacherTensors):
 
 
 class OffloadedTensors(TeacherTensors):
-    """`teacher.tensors: offload`: q, k, v go to (pinned) host memory and come back one layer ahead of their use."""
+    """`teacher.tensors: offload`: q, k, v go to (pinned) host memory and come back one layer ahead of their use.
+
+    On a GPU the copies have a stream of their own. Memory of the device is allocated and dropped on the computing
+    stream only, which waits for a copy before what it reads is dropped: so the allocator reuses it in order, at most
+    two layers are on their way however far the host runs ahead, and the host waits for nothing. Host memory is
+    allocated once and used in every pass.
+    """
 
     def __init__(self, relations: dict[str, float], layers: tuple[int, ...], device: torch.device) -> None:
         super().__init__(relations, layers)
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._leaving: deque[torch.cuda.Event] = deque()
+        self._pinned: dict[int, LayerTensors] = {}
+        self._leaving: deque[tuple[torch.cuda.Event, LayerTensors]] = deque()
         self._arriving: dict[int, tuple[LayerTensors, torch.cuda.Event | None]] = {}
 
     def begin(self, windows_per_row: int = 1) -> None:
         super().begin(windows_per_row)
+        if self._stream is not None:  # something is on its way here only after a step that failed
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
         self._arriving.clear()
         self._leaving.clear()
 
     def prefetch(self) -> None:
         """Starts the copy of the last layer's tensors to the device."""
+        self._let_go(0)
         if self._kept:
             self._fetch(max(self._kept))
 
@@ -153,10 +163,7 @@ class OffloadedTensors(TeacherTensors):
             self._fetch(layer)
         tensors, arrived = self._arriving.pop(layer)
         if arrived is not None:
-            stream = torch.cuda.current_stream(self._device)
-            stream.wait_event(arrived)
-            for x in tensors.values():
-                x.record_stream(stream)  # allocated on the copying stream, freed on this one
+            torch.cuda.current_stream(self._device).wait_event(arrived)
         self.prefetch()
         return tensors
 
@@ -169,26 +176,40 @@ class OffloadedTensors(TeacherTensors):
         if stream is None:
             self._kept[layer] = {name: torch.empty_like(x, device="cpu").copy_(x) for name, x in tensors.items()}
             return
-        if len(self._leaving) == 2:  # the host must not run so far ahead that copies in flight pile up on the device
-            self._leaving.popleft().synchronize()
+        self._let_go(1)
+        host = self._pinned.setdefault(layer, {})
+        for name, x in tensors.items():
+            if name not in host or host[name].shape != x.shape:
+                host[name] = torch.empty_like(x, device="cpu", pin_memory=True)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
-            host = {name: torch.empty_like(x, device="cpu", pin_memory=True) for name, x in tensors.items()}
             for name, x in tensors.items():
                 host[name].copy_(x, non_blocking=True)
-                x.record_stream(stream)
-            left = torch.cuda.Event()
-            left.record(stream)
-        self._leaving.append(left)
+        self._leaving.append((_reached(stream), tensors))
         self._kept[layer] = host
 
+    def _let_go(self, layers: int) -> None:
+        """Drops what has left for the host, but for the newest so many layers."""
+        while len(self._leaving) > layers:
+            left, tensors = self._leaving.popleft()
+            torch.cuda.current_stream(self._device).wait_event(left)
+            del tensors
+
     def _fetch(self, layer: int) -> None:
-        host = self._kept.pop(layer)
-        if self._stream is None:
+        host, stream = self._kept.pop(layer), self._stream
+        if stream is None:
             self._arriving[layer] = {name: x.to(self._device) for name, x in host.items()}, None
             return
-        with torch.cuda.stream(self._stream):  # after its own copies to the host
-            tensors = {name: x.to(self._device, non_blocking=True) for name, x in host.items()}
-            arrived = torch.cuda.Event()
-            arrived.record(self._stream)
-        self._arriving[layer] = tensors, arrived
+        tensors = {name: torch.empty_like(x, device=self._device) for name, x in host.items()}
+        stream.wait_stream(torch.cuda.current_stream(self._device))  # whatever this memory was used for
+        with torch.cuda.stream(stream):  # after its own copies to the host
+            for name, x in tensors.items():
+                x.copy_(host[name], non_blocking=True)
+        self._arriving[layer] = tensors, _reached(stream)
+
+
+def _reached(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    """An event of the stream's work so far."""
+    event = torch.cuda.Event()
+    event.record(stream)
+    return event

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 from linearard import checkpoint, costs, ds_config, evaluation, metrics, plan, profiling
 from linearard import config as configuration
 from linearard.capture import AttentionPass
-from linearard.config import Config
+from linearard.config import Config, ObjectiveConfig
 from linearard.data import (
     BatchStream,
     Corpus,
@@ -212,32 +212,46 @@ def _tokens_before(run_dir: Path, step: int) -> int:
     return max(seen, default=0)
 
 
+def _passes(objective: ObjectiveConfig, native: PretrainedConfig, engine: Engine) -> tuple[metrics.Pass, metrics.Pass]:
+    """What student and teacher compute of the model's weights."""
+    sizes, trained = {}, set()
+    for name, parameter in engine.module.named_parameters():
+        if getattr(native, "tie_word_embeddings", False):
+            name = name.replace("embed_tokens", "lm_head")
+        sizes[name] = int(getattr(parameter, "ds_numel", parameter.numel()))
+        if parameter.requires_grad:
+            trained.add(name)
+    last = max(engine.relation_loss.layers)
+
+    def computed(logits: float, left_out: str) -> metrics.Pass:
+        needed = metrics.needed_weights(sizes, None if logits else last)
+        needed = {name: size for name, size in needed.items() if not left_out or left_out not in name}
+        of_trained = sum(size for name, size in needed.items() if name in trained)
+        return metrics.Pass(sum(needed.values()), of_trained, native.num_hidden_layers if logits else last)
+
+    return computed(objective.next_token or objective.logits_kl, ""), computed(objective.logits_kl, "lora_")
+
+
 class _StepCosts:
     """Turns a step's result and its seconds into a record of metrics.jsonl."""
 
     def __init__(self, config: Config, native: PretrainedConfig, engine: Engine) -> None:
         self._config, self._layers = config, engine.relation_loss.layers
         self._peak = metrics.peak_tflops(engine.context.device, config.metrics.peak_tflops)
-        parameters: list[Any] = list(engine.module.named_parameters())
-        matmul = [p for name, p in parameters if "norm" not in name and "embed" not in name]
-        size = {id(p): int(getattr(p, "ds_numel", p.numel())) for _, p in parameters}
-        if getattr(native, "tie_word_embeddings", False):
-            matmul += [p for name, p in parameters if "embed_tokens" in name]
         heads = {
             name: native.num_attention_heads if "q" in name else native.num_key_value_heads for name in engine.weights
         }
+        student, of_teacher = _passes(config.objective, native, engine)
         self._flops_of_token = metrics.step_flops(
             tokens=1,
             seq_len=config.data.seq_len,
             window=engine.window,
-            matmul_parameters=sum(size[id(p)] for p in matmul),
-            trainable_parameters=sum(size[id(p)] for _, p in parameters if p.requires_grad),
-            layers=native.num_hidden_layers,
+            student=student,
+            teacher=of_teacher if engine.weights or config.objective.logits_kl else None,
             relation_layers=len(self._layers),
             heads=heads,
             num_attention_heads=native.num_attention_heads,
             head_dim=getattr(native, "head_dim", None) or native.hidden_size // native.num_attention_heads,
-            teacher=bool(engine.weights or config.objective.logits_kl),
         )
 
     def record(

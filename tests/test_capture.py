@@ -79,9 +79,11 @@ def test_the_observer_may_replace_what_attention_sees() -> None:
     assert seen == [(3, 8**-0.5)] * 2  # once per pass, with the default scale
 
 
-@pytest.mark.parametrize("extra", [{"softcap": 30.0}, {"s_aux": torch.zeros(4)}, {"dropout": 0.1}])
-def test_attention_that_is_not_plain_softmax_is_refused(extra: dict) -> None:
+@pytest.mark.parametrize(
+    "extra", [{"softcap": 30.0}, {"s_aux": torch.zeros(4)}, {"dropout": 0.1}, {"attention_pass": None}]
+)
+def test_attention_that_cannot_be_observed_or_is_no_plain_softmax_is_refused(extra: dict) -> None:
     q, k, v = (x.detach() for x in _inputs(2, torch.float32))
     segments = segments_of(torch.zeros(2, 24), CPU)
     with pytest.raises(UserError, match=r"^model\.path: "):
-        attention_forward(nn.Identity(), q, k, v, None, attention_pass=AttentionPass(segments), **extra)
+        attention_forward(nn.Identity(), q, k, v, None, **{"attention_pass": AttentionPass(segments), **extra})

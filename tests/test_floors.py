@@ -25,6 +25,7 @@ FLOORS = (
         "linearard.head_loss",
         "linearard.losses",
         "linearard.metrics",
+        "linearard.relation_mode",
         "linearard.costs",
         "linearard.plan",
         "linearard.checkpoint",

@@ -11,7 +11,6 @@ from linearard.layout import (
     positions_of,
     relation_segment_ids,
     segments_of,
-    shards_hold_windows,
     whole_sequence,
 )
 from linearard.parallel import ParallelContext
@@ -94,11 +93,6 @@ def test_pieces_are_document_by_window(window: int) -> None:
         pieces = relation_segment_ids(ids, window)
         assert pieces.dtype == torch.int32
         assert pieces.tolist() == _slow_pieces(ids, window)
-
-
-def test_shards_hold_windows() -> None:
-    assert shards_hold_windows(64, 16, _context(0, 4)) and shards_hold_windows(64, 16, _context(1, 2))
-    assert not shards_hold_windows(64, 24, _context(0, 1)) and not shards_hold_windows(64, 32, _context(0, 4))
 
 
 @pytest.mark.parametrize(("size", "window", "local"), [(1, 16, True), (2, 16, True), (4, 16, False), (2, 24, False)])

@@ -8,6 +8,7 @@ every gradient must be the plain step's.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,46 +26,34 @@ ALL = {"qq": 1.0, "kk": 0.7, "vv": 0.5, "qk": 0.3}
 # What is trained, on which terms: one plain step each.
 RECIPES: dict[str, Case] = {
     "relations": {"objective": {"relations": ALL}},
-    "one pass": {"window": 24, "objective": {"relations": {"qk": 1.0, "vv": 1.0}, "next_token": 0.4}},
+    "one pass, one key-value head": {
+        "model": {"num_key_value_heads": 1}, "window": 24,
+        "objective": {"relations": {"qk": 1.0, "vv": 1.0}, "next_token": 0.4},
+    },
     "all terms": {"objective": {"relations": ALL, "next_token": 0.4, "logits_kl": 0.2}},
     "tied, everything trained": {
-        "kind": "qwen2",
-        "model": {"tie_word_embeddings": True},
-        "training": {"trainable": "full"},
-        "window": 24,
+        "kind": "qwen2", "model": {"tie_word_embeddings": True}, "training": {"trainable": "full"}, "window": 24,
         "objective": {"relations": {"qk": 1.0, "kk": 0.5}, "next_token": 0.6, "logits_kl": 0.3, "layers": [0, 2]},
     },
     "q/k/v, one relation of the first layers": {
-        "kind": "mistral",
-        "model": {"sliding_window": None},
-        "training": {"trainable": "qkv"},
-        "window": "full",
+        "kind": "mistral", "model": {"sliding_window": None}, "training": {"trainable": "qkv"}, "window": "full",
         "objective": {"relations": {"qq": 1.0}, "layers": [0, 1]},
     },
     "q/k norms, everything trained on relations": {
-        "kind": "qwen3",
-        "model": {"head_dim": 16},
-        "training": {"trainable": "full"},
-        "window": 24,
+        "kind": "qwen3", "model": {"head_dim": 16}, "training": {"trainable": "full"}, "window": 24,
         "objective": {"relations": ALL, "layers": [1]},
     },
+    "next token alone": {"training": {"trainable": "full"}, "objective": {"relations": {}, "next_token": 1.0}},
     "adapters behind and on the head": {
         "training": {"lora": {"r": 3, "alpha": 4.0, "dropout": 0.0, "target_modules": ["q_proj", "o_proj", "lm_head"]}},
         "objective": {"relations": {"vv": 2.0, "qq": 0.5}, "next_token": 0.3, "logits_kl": 0.5},
     },
-}
+}  # fmt: skip
 
 
 def _case(recipe: str, teacher: str, tensors: str, stage: int, checkpointing: bool = True, **more: Any) -> Case:
-    return {
-        "recipe": recipe,
-        "teacher": teacher,
-        "tensors": tensors,
-        "stage": stage,
-        "checkpointing": checkpointing,
-        "relation_parallel": "auto",
-        **more,
-    }
+    case = {"recipe": recipe, "teacher": teacher, "tensors": tensors, "stage": stage, "checkpointing": checkpointing}
+    return {**case, "relation_parallel": "auto", **more}
 
 
 DEPTHS = (3, 6)
@@ -73,49 +62,35 @@ for _layers in DEPTHS:  # q, k, v of one size, which nothing else but attention'
         "model": {"num_hidden_layers": _layers, "num_key_value_heads": 4, "head_dim": 16},
         "objective": {"relations": ALL},
     }
-TIED, QKV, NORMS, HEAD = list(RECIPES)[3:7]
-WORLDS: dict[int, list[Case]] = {  # ranks = P -> lean steps
+RELATIONS, ONE_PASS, ALL_TERMS, TIED, QKV, NORMS, NEXT, HEAD = list(RECIPES)[:8]
+WORLDS: dict[int, list[Case]] = {  # ranks = P -> lean steps (4 ranks: test_parity)
     1: [
-        _case("relations", "shared", "recompute", 3),
-        _case("relations", "replica", "offload", 1, False),
-        _case("relations", "shared", "keep", 2, False),
-        _case("one pass", "shared", "recompute", 3, False),
-        _case("one pass", "replica", "recompute", 2),
-        _case("all terms", "replica", "recompute", 3),
-        _case("all terms", "shared", "offload", 3),
-        _case(TIED, "replica", "keep", 3),
+        _case(RELATIONS, "shared", "recompute", 3),
+        _case(RELATIONS, "replica", "offload", 1, False),
+        _case(ONE_PASS, "shared", "recompute", 3, False),
+        _case(ONE_PASS, "replica", "keep", 2),
+        _case(ALL_TERMS, "replica", "recompute", 3),
+        _case(ALL_TERMS, "shared", "offload", 3),
         _case(TIED, "replica", "recompute", 2, False),
         _case(QKV, "replica", "recompute", 2),
         _case(NORMS, "replica", "recompute", 3),
-        _case(NORMS, "replica", "keep", 1),
-        _case(HEAD, "shared", "recompute", 3),
+        _case(NEXT, "replica", "recompute", 3),
         _case(HEAD, "replica", "keep", 3, False),
     ],
     2: [
-        _case("relations", "shared", "recompute", 3, accumulation=2),
-        _case("relations", "replica", "recompute", 1, False, relation_parallel="heads"),
-        _case("one pass", "shared", "recompute", 3),
-        _case("one pass", "shared", "offload", 3, relation_parallel="sequence"),
-        _case("one pass", "replica", "recompute", 3, relation_parallel="sequence"),
-        _case("all terms", "shared", "recompute", 3),
+        _case(RELATIONS, "shared", "recompute", 3, accumulation=2),
+        _case(RELATIONS, "replica", "recompute", 1, False, relation_parallel="heads"),
+        _case(ONE_PASS, "shared", "recompute", 3),
+        _case(ONE_PASS, "replica", "offload", 3, relation_parallel="sequence"),
         _case(HEAD, "shared", "offload", 3),
         _case(TIED, "replica", "recompute", 3),
         _case(QKV, "replica", "recompute", 3),
-        _case(QKV, "replica", "keep", 2, False),
-        _case(NORMS, "replica", "offload", 3),
-    ],
-    4: [
-        _case("relations", "shared", "recompute", 3),
-        _case("one pass", "shared", "recompute", 2),
-        _case("all terms", "replica", "recompute", 3, relation_parallel="heads"),
-        _case(QKV, "replica", "recompute", 3, relation_parallel="sequence"),
+        _case(NORMS, "replica", "recompute", 2, False),
     ],
 }
-
 TRACED = [
-    _case("relations", "shared", "recompute", 3, accumulation=2),
-    _case("all terms", "replica", "recompute", 3, accumulation=2),
-    _case("one pass", "shared", "keep", 3, False, accumulation=2),
+    _case(RELATIONS, "shared", "recompute", 3, accumulation=2),
+    _case(ALL_TERMS, "replica", "recompute", 3, accumulation=2),
 ]
 
 
@@ -281,51 +256,50 @@ def _traces(engine: Any) -> dict[str, Any]:
     return {"complete": complete, "lost": lost}
 
 
-class _Census(TorchDispatchMode):
-    """Counts the live tensors of a certain size in bytes; what was alive at most is `peak`."""
+class _Results(TorchDispatchMode):
+    """Shows every tensor that comes into being to `see`."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, see: Callable[[torch.Tensor], None]) -> None:
         super().__init__()
-        self._size, self._seen, self.peak = size, {}, 0
+        self._see = see
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         for x in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(x, torch.Tensor) and x.untyped_storage().nbytes() == self._size:
-                self._seen[x.untyped_storage()._cdata] = StorageWeakRef(x.untyped_storage())
-        self.peak = max(self.peak, self.now())
+            if isinstance(x, torch.Tensor):
+                self._see(x)
         return result
+
+
+class _Census:
+    """Counts the live tensors of a certain size in bytes; what was alive at most is `peak`."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._seen, self.peak = size, {}, 0
+
+    def see(self, x: torch.Tensor) -> None:
+        if x.untyped_storage().nbytes() == self._size:
+            self._seen[x.untyped_storage()._cdata] = StorageWeakRef(x.untyped_storage())
+            self.peak = max(self.peak, self.now())
 
     def now(self) -> int:
         self._seen = {key: ref for key, ref in self._seen.items() if not ref.expired()}
         return len(self._seen)
 
 
-class _LargestLogits(TorchDispatchMode):
-    """The most rows that any tensor with a column for each token of the vocabulary has had."""
-
-    rows = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for x in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(x, torch.Tensor) and x.dim() > 1 and x.shape[-1] == VOCAB:
-                self.rows = max(self.rows, x.numel() // VOCAB)
-        return result
-
-
 def _computed(models: dict[str, str], folder: Path, context: Any) -> dict[str, Any]:
     """Names of the modules that were called by student and teacher, and the most rows of logits."""
     found: dict[str, Any] = {}
-    for recipe, side in ((QKV, "_decoder"), (QKV, "_teacher"), ("one pass", "_teacher"), ("all terms", "_teacher")):
+    for recipe, side in ((QKV, "_decoder"), (QKV, "_teacher"), (ONE_PASS, "_teacher"), (ALL_TERMS, "_teacher")):
         engine = _build(_case(recipe, "replica", "recompute", 2), models, folder / f"{recipe[0]}{side}", context)
         part, called = getattr(engine, side), set()
         causal = getattr(part, "decoder", part).causal
         for name, module in causal.named_modules():
             module.register_forward_hook(lambda *args, name=name, called=called: called.add(name))
-        with _LargestLogits() as largest:
+        rows = {0}  # of matrices with a column for each token of the vocabulary
+        with _Results(lambda x, rows=rows: rows.add(len(x)) if x.dim() == 2 and x.shape[1] == VOCAB else None):
             engine.step([_batch()], 0)
-        found[recipe, side] = called, largest.rows
+        found[recipe, side] = called, max(rows)
     return found
 
 
@@ -334,8 +308,6 @@ def _alive(models: dict[str, str], folder: Path, context: Any) -> dict[tuple[str
 
     The second number leaves out the teacher's tensors that wait for their layer (offload: on the host).
     """
-    from linearard.teacher_tensors import RecomputedTensors
-
     found = {}
     for layers in DEPTHS:
         for tensors in ("keep", "recompute", "offload"):
@@ -343,22 +315,17 @@ def _alive(models: dict[str, str], folder: Path, context: Any) -> dict[tuple[str
             engine = _build(case, models, folder / f"{tensors}{layers}", context)
             census, at_loss = _Census(4 * ROWS * 64 * 4 * 16), []
 
-            def held(tensors: Any = engine._tensors) -> int:
-                """Teacher tensors that wait for their layer, in mode offload on the host."""
-                return 3 * len(tensors.held) if type(tensors) is not RecomputedTensors else 0
+            plain, waiting = engine.relation_loss._layer, 0 if tensors == "recompute" else 3
 
             def layer_loss(
-                *args: Any,
-                plain: Any = engine.relation_loss._layer,
-                census: Any = census,
-                at: Any = at_loss,
-                held: Any = held,
-            ) -> Any:
-                at.append(census.now() - held())
+                *args: Any, plain: Any = plain, census: Any = census, at: Any = at_loss, of: Any = engine._tensors,
+                waiting: int = waiting,
+            ) -> Any:  # fmt: skip
+                at.append(census.now() - waiting * len(of.held))
                 return plain(*args)
 
             engine.relation_loss._layer = layer_loss
-            with census:
+            with _Results(census.see):
                 engine.step([_batch()], 0)
             found[tensors, layers] = (census.peak, at_loss)
     return found
@@ -378,6 +345,8 @@ def _steps(cases: list[Case], models: dict[str, str], out: str, size: int) -> No
         saved["traces"] = {_name(case): _traces(_build(case, models, folder / "trace", context)) for case in TRACED}
     for number, case in enumerate(cases):
         engine = _build(case, models, folder / str(number), context)
+        if case["recipe"] == NEXT:
+            assert engine._teacher.decoder is engine._decoder, "a replica is there that nothing needs"
         saved[_name(case)] = _lean_step(engine, case.get("accumulation", 1))
     if size == 1:
         for recipe in sorted({case["recipe"] for cases in WORLDS.values() for case in cases}):
@@ -393,41 +362,28 @@ def _steps(cases: list[Case], models: dict[str, str], out: str, size: int) -> No
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("models")
-    return {
-        name: str(
-            tiny_model(
-                recipe.get("kind", "llama"), folder / str(i), **{"num_hidden_layers": 3, **recipe.get("model", {})}
-            )
-        )
-        for i, (name, recipe) in enumerate(RECIPES.items())
-    }
-
-
-def _run(size: int, models: dict[str, str], folders: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = folders.mktemp(f"ranks{size}")
-    run(size, _steps, folder, WORLDS[size], models, str(folder), size)
-    return torch.load(folder / "saved.pt", weights_only=False)
+    found = {}
+    for number, (name, recipe) in enumerate(RECIPES.items()):
+        shape = {"num_hidden_layers": 3, **recipe.get("model", {})}
+        found[name] = str(tiny_model(recipe.get("kind", "llama"), folder / str(number), **shape))
+    return found
 
 
 @pytest.fixture(scope="module")
-def one_rank(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return _run(1, models, tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def two_ranks(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return _run(2, models, tmp_path_factory)
+def saved(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+    """What the workers found, by number of ranks."""
+    found = {}
+    for size, cases in WORLDS.items():
+        folder = tmp_path_factory.mktemp(f"ranks{size}")
+        run(size, _steps, folder, cases, models, str(folder), size)
+        found[size] = torch.load(folder / "saved.pt", weights_only=False)
+    return found
 
 
 @pytest.mark.parametrize("size", list(WORLDS), ids=lambda size: f"P{size}")
-def test_the_lean_step_is_the_plain_step(
-    size: int, one_rank: dict[str, Any], models: dict[str, str], request: Any, tmp_path_factory: Any
-) -> None:
-    saved = {1: lambda: one_rank, 2: lambda: request.getfixturevalue("two_ranks")}.get(
-        size, lambda: _run(size, models, tmp_path_factory)
-    )()
+def test_the_lean_step_is_the_plain_step(size: int, saved: dict[int, dict[str, Any]]) -> None:
     for case in WORLDS[size]:
-        plain, lean, name = one_rank[case["recipe"]], saved[_name(case)], _name(case)
+        plain, lean, name = saved[1][case["recipe"]], saved[size][_name(case)], _name(case)
         gradients = plain["gradients"]
         norm = torch.stack([g.double().norm() for g in gradients.values()]).norm().item()
         assert norm > 0.01, name  # the case says something
@@ -442,26 +398,24 @@ def test_the_lean_step_is_the_plain_step(
         assert whole <= 1e-6 * norm, name
 
 
-def test_nothing_is_computed_that_no_term_needs(one_rank: dict[str, Any]) -> None:
-    for (recipe, side), (called, rows) in one_rank["computed"].items():
+def test_nothing_is_computed_that_no_term_needs(saved: dict[int, dict[str, Any]]) -> None:
+    for (recipe, side), (called, rows) in saved[1]["computed"].items():
         behind = {name for name in called if name.startswith("model.layers.2.")}
         if recipe == QKV:  # relations of layers 0 and 1 of three
             assert "lm_head" not in called and rows == 0, side
-            assert behind == set() and not any(
-                "layers.1.mlp." in name or "layers.1.self_attn.o" in name for name in called
-            )
+            assert not behind and not any("layers.1.mlp." in each or "layers.1.self_attn.o" in each for each in called)
             assert {"model.layers.1.self_attn.k_proj", "model.layers.0.mlp.down_proj"} <= called
         else:  # all layers, and logits, which the teacher needs only for logits_kl
             projections = {f"model.layers.2.self_attn.{letter}_proj" for letter in "qkv"}
-            whole = recipe == "all terms"
+            whole = recipe == ALL_TERMS
             assert projections <= behind and rows == max(20, 32), recipe  # 20 tokens of a chunk; the weight itself
             assert ("lm_head" in called) == ("model.layers.2.mlp.up_proj" in called) == whole, recipe
             assert ("model.layers.2.self_attn.o_proj" in called) == whole, recipe
 
 
-def test_what_is_alive_does_not_grow_with_the_layers(one_rank: dict[str, Any]) -> None:
+def test_what_is_alive_does_not_grow_with_the_layers(saved: dict[int, dict[str, Any]]) -> None:
     """Beside one layer's q, k, v of student and teacher: the gradients of q, k, v that come from behind."""
-    alive = one_rank["alive"]
+    alive = saved[1]["alive"]
     for layers in DEPTHS:
         for tensors in ("keep", "recompute", "offload"):
             assert alive[tensors, layers][1] == [6] + [9] * (layers - 1), tensors
@@ -471,12 +425,12 @@ def test_what_is_alive_does_not_grow_with_the_layers(one_rank: dict[str, Any]) -
         assert alive[tensors, many][0] - alive[tensors, few][0] == 3 * (many - few)
 
 
-def test_zero3_keeps_its_trace_of_the_modules(two_ranks: dict[str, Any]) -> None:
+def test_zero3_keeps_its_trace_of_the_modules(saved: dict[int, dict[str, Any]]) -> None:
     """From the third step on DeepSpeed prefetches by a complete trace, of the student and of a replica.
 
     An evaluation comes after the third step: what it calls is no step, the student's trace is made once more.
     """
-    for name, trace in two_ranks["traces"].items():
+    for name, trace in saved[2]["traces"].items():
         assert sum(trace["lost"][:3]) == sum(trace["lost"][4:]) == 0, (name, trace)
         assert all(trace["complete"][2]) and all(trace["complete"][5]), (name, trace)
         assert len(trace["complete"][2]) == (2 if "teacher replica" in name else 1), name

@@ -125,7 +125,7 @@ def test_relation_gradient_is_added_in_backward_and_counted_once() -> None:
     weights, chosen, scale = {"qq": 1.0, "kk": 0.5, "vv": 2.0, "qk": 0.3}, (0, 2), 0.35
     segments = torch.tensor([[0] * 5 + [1] * 6, [0] * 8 + [-1] * 3], dtype=torch.int32)
     rows, layers = int((segments >= 0).sum()), [_Layer(seed) for seed in range(3)]
-    loss = RelationLoss(weights, chosen, 4, 2, key_value_share=1.0)
+    loss = RelationLoss(weights, chosen, 4, 2)
     teacher = TeacherTensors(weights, chosen)
     for number, layer in enumerate(layers):
         same = teacher.observe(number, *layer.teacher, scale)
@@ -198,3 +198,30 @@ def test_teacher_windows_are_joined_to_rows(offload: bool) -> None:
         for row in range(2):
             for window in range(3):
                 assert torch.equal(joined[row, :, window * 5 : window * 5 + 5], layer * q[row * 3 + window])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_offloaded_tensors_come_back_however_far_the_host_runs_ahead() -> None:
+    device, shape, layers = torch.device("cuda"), (1, 4, 1024, 1024), tuple(range(8))
+    tensors, found, expected = OffloadedTensors({"qk": 1.0, "vv": 1.0}, layers, device), [], []
+    for step in range(3):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        tensors.begin()
+        for layer in layers:
+            if step:  # computation is behind the copies, and in the first step ahead of them
+                torch.cuda._sleep(10**7)
+            numbers = [100.0 * step + 3 * layer + i for i in range(3)]
+            tensors.observe(layer, *(torch.full(shape, number, device=device) for number in numbers), 1.0)
+            expected += numbers
+        tensors.prefetch()
+        for layer in reversed(layers):
+            theirs = tensors.take(layer)
+            torch.cuda._sleep(10**7)
+            found += [(layer, step, torch.stack(theirs[name].aminmax())) for name in "qkv"]
+            del theirs
+        assert torch.cuda.max_memory_allocated() - before < 10 * 4 * 2**22, "more than three layers at a time"
+    in_order = sorted(found, key=lambda each: (each[1], each[0]))
+    assert [each[2].tolist() for each in in_order] == [[number, number] for number in expected]

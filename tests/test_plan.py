@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,20 @@ def test_trainable_parameters_and_flops_are_the_trainers(llama: Path, tmp_path: 
     from linearard.models.student import load_model, make_trainable
     from linearard.trainer import _StepCosts
 
-    for trainable in ("lora", "qkv", "full"):
+    relations: Any = {"relations": {"qk": 1.0, "vv": 1.0}}
+    for trainable, objective in itertools.product(
+        ("lora", "qkv", "full"),
+        (
+            relations,
+            {**relations, "layers": [0]},
+            {**relations, "next_token": 1.0},
+            {"next_token": 1.0, "logits_kl": 1.0},
+        ),
+    ):
         raw = raw_config(llama, tmp_path / trainable)
         raw["model"] |= {"trainable": trainable}
+        raw["model"]["lora"]["target_modules"] = ["q_proj", "v_proj", "down_proj"]
+        raw["objective"] = objective
         config = configuration.from_dict(raw)
         native = load_model_config(config.model)
         student = make_trainable(load_model(config, native), config)
@@ -76,11 +88,39 @@ def test_trainable_parameters_and_flops_are_the_trainers(llama: Path, tmp_path: 
             context = ParallelContext(0, 1, 0, CPU, 1, None)
 
             class relation_loss:
-                layers = (0, 1)
+                layers = tuple(objective.get("layers", (0, 1)))
 
         engine: Any = _Engine
         plan = plan_run(config, shape, ds, cluster.resolve(config.cluster, 1, 1), "keep")
         assert plan.flops == pytest.approx(_StepCosts(config, native, engine)._flops_of_token * plan.tokens)
+
+
+def test_what_mfu_counts_is_what_a_pass_multiplies(llama: Path) -> None:
+    """The products of a forward pass, counted by torch: all of it, and one that ends with q, k, v of a layer."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from linearard import metrics
+    from linearard.capture import AttentionPass, ending_at
+    from linearard.layout import whole_sequence
+    from linearard.models.decoder import Decoder, replaced_forwards
+    from linearard.models.student import load_model
+
+    raw = raw_config(llama, llama.parent / "unused")
+    config = configuration.from_dict(raw)
+    model: Any = load_model(config, load_model_config(config.model))
+    ids, positions, segments = whole_sequence(torch.arange(16)[None], CPU)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    for last in (None, 1, 0):
+        observer = None if last is None else ending_at(lambda layer, q, k, v, scaling: (q, k, v), last)
+        forwards = {} if last is None else Decoder.of(model).nothing_behind(last)
+        module = model if last is None else model.model
+        with torch.no_grad(), replaced_forwards(forwards), FlopCounterMode(display=False) as counter:
+            module(
+                input_ids=ids, position_ids=positions, use_cache=False,
+                attention_pass=AttentionPass(segments, None, observer),
+            )  # fmt: skip
+        products = sum(n for op, n in counter.get_flop_counts()["Global"].items() if str(op) == "aten.mm")
+        assert products == 2 * 16 * sum(metrics.needed_weights(sizes, last).values())
 
 
 def test_it_is_near_what_was_measured() -> None:

@@ -3,14 +3,15 @@
     deepspeed --num_gpus 4 tools/benchmark_kernels.py --lengths 65536,131072      (or torchrun --nproc-per-node 4)
 
 For each length: the whole on one GPU (the others wait), then on all P ranks in mode `sequence` (shards of all heads,
-`relation_kl(..., group=...)`) and in mode `heads` (whole sequences of heads / P). `heads+exchange` has the all-to-all
-of student, teacher and gradient too, which a caller pays whose tensors are sharded along the sequence; the trainer's
-are not: Ulysses has exchanged them for attention. A sample is the slowest rank's, all started together; medians are
-shown.
+`relation_kl(..., group=...)`; `at once`: `relation_kl_value_and_grad`, as the trainer calls it) and in mode `heads`
+(whole sequences of heads / P). `heads+exchange` has the all-to-all of student, teacher and gradient too, which a caller
+pays whose tensors are sharded along the sequence; the trainer's are not: Ulysses has exchanged them for attention. A
+sample is the slowest rank's, all started together; medians are shown.
 
 efficiency: time on one GPU / (P x time on P). sent: MiB that the busiest rank sends in a forward and backward.
-transfers: the same exchanges with nothing computed between them, in ms. hidden: the part of them that the computation
-covers, 1 - (time - time on one GPU / P) / transfers. peak MiB: as in the table for one process, of the worst rank.
+transfers: the same exchanges with nothing computed between them, in ms; computation: the same visits with nothing
+exchanged. hidden: the part of the transfers that the computation covers. peak MiB: as in the table for one process, of
+the worst rank.
 """
 
 from __future__ import annotations
@@ -37,11 +38,23 @@ from torch import Tensor
 
 COLUMNS = (
     *("mode", "ranks", "batch", "heads", "seq_len", "head_dim", "dtype", "median_ms", "p10_ms", "p90_ms", "samples"),
-    *("efficiency", "sent_mib", "transfers_ms", "hidden", "peak_mib", "gpu", "driver", "torch", "triton", "commit"),
+    *(
+        "efficiency",
+        "sent_mib",
+        "transfers_ms",
+        "computation_ms",
+        "hidden",
+        "peak_mib",
+        "gpu",
+        "driver",
+        "torch",
+        "triton",
+        "commit",
+    ),
 )
-LAYOUT = "{:>7} {:>4} {:15} {:>5} {:>26} {:>10} {:>9} {:>12} {:>7} {:>9}"
-TITLES = ("tokens", "dim", "mode", "ranks", "forward+backward ms", "efficiency", "sent MiB", "transfers ms", "hidden")
-TITLES += ("peak MiB",)
+LAYOUT = "{:>7} {:>4} {:17} {:>5} {:>26} {:>10} {:>9} {:>12} {:>14} {:>7} {:>9}"
+TITLES = ("tokens", "dim", "mode", "ranks", "forward+backward ms", "efficiency", "sent MiB", "transfers ms")
+TITLES += ("computation ms", "hidden", "peak MiB")
 GATE_LENGTH, GATE_HEADS = 300, 4  # of a shard
 
 
@@ -57,13 +70,14 @@ def main(options: Namespace, conditions: Callable[[], dict[str, Any]]) -> int:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         options.device = torch.device("cuda", torch.cuda.current_device())
     dist.init_process_group("nccl" if on_gpu else "gloo")
+    group = dist.new_group(backend="nccl", pg_options=rk.nccl_options()) if on_gpu else dist.group.WORLD
     try:
-        return _run(options, conditions)
+        return _run(options, conditions, group)
     finally:
         dist.destroy_process_group()
 
 
-def _run(options: Namespace, conditions: Callable[[], dict[str, Any]]) -> int:
+def _run(options: Namespace, conditions: Callable[[], dict[str, Any]], group: Any) -> int:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[options.dtype]
     rank, ranks = dist.get_rank(), dist.get_world_size()
     if not options.skip_gate:
@@ -86,7 +100,7 @@ def _run(options: Namespace, conditions: Callable[[], dict[str, Any]]) -> int:
         for head_dim in options.head_dims:
             for seq_len in options.lengths:
                 shape = {"batch": options.batch, "heads": options.heads, "seq_len": seq_len, "head_dim": head_dim}
-                for row in _measure(options, dtype, seq_len, head_dim):
+                for row in _measure(options, dtype, seq_len, head_dim, group):
                     if rank == 0:
                         writer.writerow({**shape, "dtype": options.dtype, **row, **facts})
                         file.flush()
@@ -94,13 +108,13 @@ def _run(options: Namespace, conditions: Callable[[], dict[str, Any]]) -> int:
     return 0
 
 
-def _measure(options: Namespace, dtype: torch.dtype, seq_len: int, head_dim: int) -> list[dict[str, Any]]:
+def _measure(options: Namespace, dtype: torch.dtype, seq_len: int, head_dim: int, group: Any) -> list[dict[str, Any]]:
     """Values for COLUMNS, a row a mode; the same on every rank."""
     ranks, found, single = dist.get_world_size(), [], 0.0
-    for mode in ("one", "sequence", "heads", "heads+exchange"):
+    for mode in ("one", "sequence", "sequence at once", "heads", "heads+exchange"):
         if mode.startswith("heads") and options.heads % ranks:
             continue
-        call, returned = _case(mode, options, dtype, seq_len, head_dim)
+        call, returned = _case(mode, options, dtype, seq_len, head_dim, group)
         with _counting() as sent:
             call()
         times = _times(call, options)
@@ -112,11 +126,13 @@ def _measure(options: Namespace, dtype: torch.dtype, seq_len: int, head_dim: int
         used = 1 if mode == "one" else ranks
         row: dict[str, Any] = {"mode": mode, "ranks": used, "median_ms": median, "p10_ms": p10, "p90_ms": p90}
         row |= {"samples": len(times), "efficiency": single / (used * median), "peak_mib": peak_mib}
-        if mode == "sequence":
+        if mode.startswith("sequence"):
             with _transfers_only():
                 transfers = float(np.median(_times(call, options)))
-            hidden = 1 - (median - single / ranks) / transfers
-            row |= {"sent_mib": sent_mib, "transfers_ms": transfers, "hidden": hidden}
+            with _computation_only():
+                computation = float(np.median(_times(call, options)))
+            row |= {"sent_mib": sent_mib, "transfers_ms": transfers, "computation_ms": computation}
+            row["hidden"] = 1 - (median - computation) / transfers
         found.append(row)
         del call
         if options.device.type == "cuda":
@@ -125,13 +141,13 @@ def _measure(options: Namespace, dtype: torch.dtype, seq_len: int, head_dim: int
 
 
 def _case(
-    mode: str, options: Namespace, dtype: torch.dtype, seq_len: int, head_dim: int
+    mode: str, options: Namespace, dtype: torch.dtype, seq_len: int, head_dim: int, group: Any
 ) -> tuple[Callable[[], None], int]:
     """A forward and backward of this rank in a mode, and the bytes of the gradient that it returns."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     if mode == "one" and rank != 0:
         return (lambda: None), 0
-    tokens = seq_len // ranks if mode in ("sequence", "heads+exchange") else seq_len
+    tokens = seq_len if mode in ("one", "heads") else seq_len // ranks
     heads = options.heads // ranks if mode == "heads" else options.heads
     torch.manual_seed(rank)
     student = torch.randn(options.batch, heads, tokens, head_dim, dtype=dtype, device=options.device).requires_grad_()
@@ -140,16 +156,20 @@ def _case(
     upstream = torch.randn(options.batch, *rows, device=options.device)
 
     def forward_backward() -> None:
-        group = dist.group.WORLD if mode == "sequence" else None
-        rk.relation_kl(student, teacher, group=group, backend=options.backend).backward(upstream)
+        over = group if mode == "sequence" else None
+        rk.relation_kl(student, teacher, group=over, backend=options.backend).backward(upstream)
         student.grad = None
+
+    def at_once() -> None:
+        rk.relation_kl_value_and_grad(student, teacher, upstream, group=group, backend=options.backend)
 
     def exchanged() -> None:
         whole = [_exchange(x.detach(), 1, 2) for x in (student, teacher)]
         _, grad = rk.relation_kl_value_and_grad(whole[0], whole[1], upstream, backend=options.backend)
         _exchange(grad, 2, 1)
 
-    return exchanged if mode == "heads+exchange" else forward_backward, student.nbytes
+    calls = {"heads+exchange": exchanged, "sequence at once": at_once}
+    return calls.get(mode, forward_backward), student.nbytes
 
 
 def _times(call: Callable[[], None], options: Namespace) -> list[float]:
@@ -221,6 +241,19 @@ def _transfers_only() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _computation_only() -> Iterator[None]:
+    """Within: nothing is exchanged; what would come from other ranks is random."""
+
+    def random_like(x: Tensor, **options: Any) -> Tensor:
+        return torch.randn_like(x, **options) if x.is_floating_point() else torch.zeros_like(x)
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(sequence_parallel, "_start", lambda operations: []))
+        stack.enter_context(patch.object(sequence_parallel.torch, "empty_like", random_like))
+        yield
+
+
 def _gate(options: Namespace, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether the sharded relation errs more than twice as much as the dense version in the same precision."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -258,5 +291,10 @@ def _line(seq_len: int, head_dim: int, row: dict[str, Any]) -> str:
 
     times = f"{row['median_ms']:.2f} ({row['p10_ms']:.2f}..{row['p90_ms']:.2f})"
     cells = [seq_len, head_dim, row["mode"], row["ranks"], times, f"{row['efficiency']:.3f}"]
-    cells += [number("sent_mib", ".0f"), number("transfers_ms", ".2f"), number("hidden", ".0%")]
+    cells += [
+        number("sent_mib", ".0f"),
+        number("transfers_ms", ".2f"),
+        number("computation_ms", ".2f"),
+        number("hidden", ".0%"),
+    ]
     return LAYOUT.format(*cells, f"{row['peak_mib']:.0f}")

@@ -29,12 +29,9 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib.metadata
 import importlib.util
 import math
 import os
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -42,12 +39,13 @@ from contextlib import nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import benchmark_group
 import numpy as np
 import relation_kl as rk
 import torch
+from measuring import Parser, checked, conditions, list_of, positive
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -143,10 +141,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
     rate = matmul_rate(DTYPES[options.dtype], options.device)
-    conditions = {**machine(options), "deterministic": options.deterministic, "floor_tflops": rate}
-    print("{gpu}, driver {driver}, torch {torch}, triton {triton}, commit {commit}".format(**conditions))
+    facts = {**machine(options), "deterministic": options.deterministic, "floor_tflops": rate}
+    print("{gpu}, driver {driver}, torch {torch}, triton {triton}, commit {commit}".format(**facts))
     print(f"{options.dtype}, batch {options.batch}, {options.heads} heads (attention_kl: {options.kv_heads} key heads)")
-    print(f"backend {options.backend}, deterministic {options.deterministic}, correctness gate {conditions['gate']}")
+    print(f"backend {options.backend}, deterministic {options.deterministic}, correctness gate {facts['gate']}")
     print(f"floor: a large matrix product at {rate:.4g} TFLOP/s\n\n{LAYOUT.format(*TITLES)}", flush=True)
     kinds = list(product(options.head_dims, options.lengths, options.segments))
     with open(options.csv or os.devnull, "w", newline="") as file:
@@ -156,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{number}/{len(kinds)}: {seq_len} tokens, head_dim {head_dim}, {segments}", file=sys.stderr)
             heads = options.batch, options.heads, options.kv_heads
             rows = measure(Shape(*heads, seq_len, head_dim, options.dtype, segments), options, rate)
-            writer.writerows({**row, **conditions} for row in rows)
+            writer.writerows({**row, **facts} for row in rows)
             file.flush()
             for forward, both in zip(rows[::2], rows[1::2], strict=True):
                 print(table_line(forward, both), flush=True)
@@ -361,25 +359,8 @@ def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
 
 def machine(options: argparse.Namespace) -> dict[str, str]:
     """The conditions that go into every line of the CSV."""
-
-    def output(*command: str) -> str:
-        if shutil.which(command[0]) is None:
-            return ""
-        result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-        return result.stdout.strip() if result.returncode == 0 else ""
-
-    on_gpu = options.device.type == "cuda"
-    driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else "none"
-    commit = output("git", "rev-parse", "--short", "HEAD")
-    dirty = " dirty" if commit and output("git", "status", "--porcelain", "--untracked-files=no") else ""
-    return {
-        "gpu": torch.cuda.get_device_name() if on_gpu else "no GPU",
-        "driver": driver.split("\n")[0] or "unknown",
-        "torch": torch.__version__,
-        "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "none",
-        "commit": options.commit or commit + dirty or "unknown",
-        "gate": "skipped" if options.skip_gate else "passed",
-    }
+    gate = "skipped" if options.skip_gate else "passed"
+    return {**conditions(options.device, options.commit), "gate": gate}
 
 
 def table_line(forward: dict[str, Any], both: dict[str, Any]) -> str:
@@ -401,19 +382,19 @@ def table_line(forward: dict[str, Any], both: dict[str, Any]) -> str:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options, checked. Raises UserError, which names the option and the remedy."""
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("--lengths", type=_list_of(_positive), default="4096,16384,32768", metavar="N,N", help="tokens")
-    add("--head-dims", type=_list_of(_head_dim), default="128", metavar="N,N", help="multiples of 8 up to 256")
-    add("--batch", type=_positive, default=1, metavar="N")
-    add("--heads", type=_positive, default=32, metavar="N")
-    add("--kv-heads", type=_positive, metavar="N", help="key heads of attention_kl (a quarter of --heads)")
+    add("--lengths", type=list_of(positive), default="4096,16384,32768", metavar="N,N", help="tokens")
+    add("--head-dims", type=list_of(_head_dim), default="128", metavar="N,N", help="multiples of 8 up to 256")
+    add("--batch", type=positive, default=1, metavar="N")
+    add("--heads", type=positive, default=32, metavar="N")
+    add("--kv-heads", type=positive, metavar="N", help="key heads of attention_kl (a quarter of --heads)")
     add("--dtype", choices=DTYPES, default="bf16")
-    add("--segments", type=_list_of(_segments), default="one,windows:4096,documents:64", metavar="KIND,KIND")
-    add("--providers", type=_list_of(_provider), default=",".join(PROVIDERS), metavar="NAME,NAME")
+    add("--segments", type=list_of(_segments), default="one,windows:4096,documents:64", metavar="KIND,KIND")
+    add("--providers", type=list_of(_provider), default=",".join(PROVIDERS), metavar="NAME,NAME")
     add("--backend", choices=("auto", "triton", "torch"), default="auto", help="of relation_kl and attention_kl")
     add("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--repeats", type=_positive, metavar="N", help="samples (as many as take 0.4 s, 5 to 50)")
+    add("--repeats", type=positive, metavar="N", help="samples (as many as take 0.4 s, 5 to 50)")
     add("--deterministic", action="store_true", help="torch.use_deterministic_algorithms(True), for SDPA too")
     add("--skip-gate", action="store_true", help="time kernels without checking them; the heading says so")
     add("--csv", type=Path, metavar="PATH", help="one line a measurement, with all conditions; overwritten")
@@ -438,40 +419,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says a mistake in one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message.removeprefix('argument ')} (--help shows all options)")
-
-
-def _list_of(parse_one: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    return lambda text: list(dict.fromkeys(parse_one(part.strip()) for part in text.split(",")))
-
-
-def _positive(text: str) -> int:
-    return int(_checked(text, text.isdecimal() and int(text) > 0, "give a whole number from 1 on"))
-
-
 def _head_dim(text: str) -> int:
-    return int(_checked(text, _positive(text) % 8 == 0 and int(text) <= 256, "give a multiple of 8 up to 256"))
+    return int(checked(text, positive(text) % 8 == 0 and int(text) <= 256, "give a multiple of 8 up to 256"))
 
 
 def _provider(text: str) -> str:
-    return _checked(text, text in PROVIDERS, f"choose from {', '.join(PROVIDERS)}")
+    return checked(text, text in PROVIDERS, f"choose from {', '.join(PROVIDERS)}")
 
 
 def _segments(text: str) -> Segments:
     kind, _, number = text.partition(":")
     fits = kind in ("windows", "documents") and number.isdecimal() and int(number) > 0
-    _checked(text, text == "one" or fits, "choose from one, windows:LENGTH and documents:COUNT")
+    checked(text, text == "one" or fits, "choose from one, windows:LENGTH and documents:COUNT")
     return Segments(kind, int(number or 0))
-
-
-def _checked(text: str, fits: bool, remedy: str) -> str:
-    if not fits:
-        raise argparse.ArgumentTypeError(f"{text!r} is not possible; {remedy}")
-    return text
 
 
 if __name__ == "__main__":

@@ -343,7 +343,7 @@ def _agree(status: str, hosts: Any, context: ParallelContext) -> bool:
         return False
     if status == "ok" or context.device.type != "cuda":
         return True
-    rest = threading.Thread(target=torch.cuda.synchronize, daemon=True)
+    rest = threading.Thread(target=torch.cuda.synchronize, args=(context.device,), daemon=True)
     rest.start()
     rest.join(timeout=WAIT.total_seconds())
     calm = [not rest.is_alive()] * context.world_size

@@ -13,11 +13,13 @@ from .segments import (
     segments_from_cu_seqlens,
     segments_from_position_ids,
 )
+from .sequence_parallel import nccl_options
 
 __all__ = [
     "attention_kl",
     "attention_kl_value_and_grad",
     "cut_into_windows",
+    "nccl_options",
     "reference",
     "relation_kl",
     "relation_kl_value_and_grad",

@@ -50,14 +50,15 @@ class Machine:
     Attributes:
         tflops: of the kernels, forward and backward together: 6 half products of 128K tokens and 32 heads take 815 ms
             (README.md).
-        link_gb_s: of one rank's link, each direction. 360: NVLink at 0.8 of its data sheet; 400 Gb/s: 50. Not measured.
+        link_gb_s: of one rank's link, each direction. 127: NCCL over NVLink between two H200, with the 8 blocks of
+            `nccl_options` (README.md); a 400 Gb/s link has 50 by its name.
         launch_seconds: no visit of a chunk's rows to a chunk's keys is faster. 1e-4: what a Gluon launch takes the
             host (README.md).
         message_seconds: before the first byte of a step arrives; not measured.
     """
 
     tflops: float = 515.0
-    link_gb_s: float = 360.0
+    link_gb_s: float = 127.0
     launch_seconds: float = 1e-4
     message_seconds: float = 2e-5
 
@@ -99,20 +100,27 @@ def operations(relation: Relation, ranks: int) -> float:
     return (FORWARD_PRODUCTS + BACKWARD_PRODUCTS) * 2 * relation.head_dim * pairs / ranks
 
 
-def sequence(relation: Relation, ranks: int, machine: Machine) -> Cost:
+def sequence(relation: Relation, ranks: int, machine: Machine, apart: bool = False) -> Cost:
     """Mode sequence: `relation_kl_value_and_grad` and its like, a pass over the keys for each of forward and backward.
 
     A rank begins with its own keys, while the rows that it computes for others come in. In each further step it
     computes with the chunk of keys that it has, while the next chunk comes in and, in backward, the gradient of the
     last one goes out. Nothing hides the results of the rows, nor the gradients at the end.
 
+    Args:
+        relation: what is computed.
+        ranks: P.
+        machine: rates.
+        apart: forward and backward are calls of their own, as through autograd: rows come in for each.
+
     Raises:
         ValueError: chunks of unequal length.
     """
     if relation.tokens % (2 * ranks):
         raise ValueError(f"tokens: {relation.tokens} is not a multiple of 2 * {ranks}")
-    forward = _pass(relation, ranks, machine, backward=False)
-    backward = _pass(relation, ranks, machine, backward=True)
+    # Numbers that come with a row: its pivots, of student and teacher, and the upstream gradient.
+    forward = _pass(relation, ranks, machine, False, 2 if apart else 3)
+    backward = _pass(relation, ranks, machine, True, 1 if apart else None)
     compute = operations(relation, ranks) / (machine.tflops * 1e12)
     received = max(a.received + b.received for a, b in zip(forward, backward, strict=True))
     sent = max(a.sent + b.sent for a, b in zip(forward, backward, strict=True))
@@ -175,12 +183,13 @@ class _Pass:
     seconds: float
 
 
-def _pass(relation: Relation, ranks: int, machine: Machine, backward: bool) -> list[_Pass]:
-    """Forward or backward in mode sequence, for every rank."""
+def _pass(relation: Relation, ranks: int, machine: Machine, backward: bool, numbers: int | None) -> list[_Pass]:
+    """Forward or backward in mode sequence, for every rank; with a row come so many numbers, or it is there (None)."""
     chunk = relation.batch * relation.tokens // (2 * ranks)
     vectors = chunk * relation.head_dim
-    # Of a row: student, teacher, and three numbers, the pivots and the upstream gradient; backward has them already.
-    row = 0 if backward else relation.heads * (2 * vectors * relation.element_size + 3 * chunk * FP32)
+    row = 0
+    if numbers is not None:
+        row = relation.heads * (2 * vectors * relation.element_size + numbers * chunk * FP32)
     result = relation.heads * (vectors if backward else chunk) * FP32
     key = relation.key_heads * 2 * vectors * relation.element_size
     gradient = relation.key_heads * vectors * FP32 if backward else 0

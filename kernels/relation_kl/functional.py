@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import torch_backend, torch_visit
+from .row_share import RowShare
 from .sequence_parallel import SequenceParallel
 from .torch_backend import Operands
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BACKENDS = ("auto", "torch", "triton")
+_Backend = ModuleType | SequenceParallel | RowShare
 
 
 def relation_kl(
@@ -27,6 +29,7 @@ def relation_kl(
     softmax_scale: float | None = None,
     segment_ids: Tensor | None = None,
     group: Any = None,
+    row_share: tuple[int, int] | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """KL divergence from the student's to the teacher's causal self-relation, row by row.
@@ -47,11 +50,15 @@ def relation_kl(
             None = one segment. The tokens of a segment need not be neighbours, nor the ids in order, but only
             where ids rise or fall along the sequence does the Triton backend visit no tile in vain.
         group: torch process group over which the sequence is sharded contiguously, in the order of its ranks;
-            T, equal on all, is then the local length, and segment_ids the local shard of a numbering of the whole.
+            T, equal on all, is then the local length, and segment_ids the local shard of a numbering of the whole;
+            lengths that differ are refused, but on GPUs only where segment_ids are given, as all ranks or none must.
             Each rank gets its own rows; gradients are those of the sum over all ranks. A collective call: it waits
-            for the other ranks (and the device, where segment_ids are given). Where a segment reaches beyond
-            its shard, every rank computes with PyTorch, whatever the backend; otherwise nothing is exchanged but the
-            ranges of the ids. None = the whole sequence is here.
+            for the other ranks (and the device, where segment_ids are given). Where no segment reaches beyond its
+            shard, nothing is exchanged but the ranges of the ids. None = the whole sequence is here.
+        row_share: (index, count): compute share `index` of `count` of the rows, for processes that hold the same
+            sequences and heads and divide their rows; not with group. Other rows are 0, and their upstream gradient is
+            ignored. Rows and gradients of all shares add up to those of the whole; all shares have as much to do.
+            None = all rows.
         backend: "triton" (CUDA, or CPU under TRITON_INTERPRET=1), "torch" (any device; reads segment_ids on
             the host) or "auto": triton on CUDA where it can be imported, else torch. On Hopper GPUs 16-bit
             inputs of up to 128 channels have kernels of their own, whose gradients differ in the last bits from run
@@ -67,7 +74,7 @@ def relation_kl(
         RuntimeError: another rank of group failed, or did not come within the group's time-out.
     """
     scale = _check_relation(student, teacher, softmax_scale, segment_ids, group)
-    module = _choose_backend(backend, student, group)
+    module = _choose_backend(backend, student, group, row_share)
     return _RelationKL.apply(student, teacher.detach(), segment_ids, scale, module)
 
 
@@ -116,6 +123,7 @@ def relation_kl_value_and_grad(
     softmax_scale: float | None = None,
     segment_ids: Tensor | None = None,
     group: Any = None,
+    row_share: tuple[int, int] | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`relation_kl` and its gradient at once, for an upstream gradient that is known beforehand.
@@ -130,6 +138,7 @@ def relation_kl_value_and_grad(
         softmax_scale: as in `relation_kl`.
         segment_ids: as in `relation_kl`.
         group: as in `relation_kl`.
+        row_share: as in `relation_kl`.
         backend: as in `relation_kl`.
 
     Returns:
@@ -143,7 +152,7 @@ def relation_kl_value_and_grad(
     scale = _check_relation(student, teacher, softmax_scale, segment_ids, group)
     _check_row_grad(row_grad, student)
     operands = Operands(student.detach(), student.detach(), teacher.detach(), teacher.detach(), True)
-    module = _choose_backend(backend, student, group)
+    module = _choose_backend(backend, student, group, row_share)
     rows, grad, _ = module.value_and_grad(operands, scale, segment_ids, row_grad.detach())
     return rows, grad
 
@@ -197,7 +206,7 @@ class _RelationKL(torch.autograd.Function):
         teacher: Tensor,
         segment_ids: Tensor | None,
         softmax_scale: float,
-        module: ModuleType | SequenceParallel,
+        module: _Backend,
     ) -> Tensor:
         operands = Operands(student, student, teacher, teacher, True)
         rows, statistics = module.forward(operands, softmax_scale, segment_ids)
@@ -226,7 +235,7 @@ class _AttentionKL(torch.autograd.Function):
         teacher_k: Tensor,
         segment_ids: Tensor | None,
         softmax_scale: float,
-        module: ModuleType | SequenceParallel,
+        module: _Backend,
     ) -> Tensor:
         operands = Operands(student_q, student_k, teacher_q, teacher_k, False)
         rows, statistics = module.forward(operands, softmax_scale, segment_ids)
@@ -243,16 +252,19 @@ class _AttentionKL(torch.autograd.Function):
         return grad_q, grad_k, None, None, None, None, None
 
 
-def _choose_backend(backend: str, student: Tensor, group: Any) -> ModuleType | SequenceParallel:
+def _choose_backend(backend: str, student: Tensor, group: Any, row_share: tuple[int, int] | None = None) -> _Backend:
     """What computes: it has forward, backward and value_and_grad, with the same signatures for every backend."""
     module = _choose_module(backend, student)
-    if group is None or dist.get_world_size(group) == 1:
+    _check_row_share(row_share, group)
+    whole = row_share is None or row_share[1] == 1
+    if whole and (group is None or dist.get_world_size(group) == 1):
         return module
     if module is torch_backend:
-        return SequenceParallel(group, module, torch_visit)
-    from . import triton_visit
+        visits = torch_visit
+    else:
+        from . import triton_visit as visits
 
-    return SequenceParallel(group, module, triton_visit)
+    return RowShare(*row_share, visits) if row_share is not None else SequenceParallel(group, module, visits)
 
 
 def _choose_module(backend: str, student: Tensor) -> ModuleType:
@@ -348,6 +360,16 @@ def _check_common(student: Tensor, softmax_scale: float | None, segment_ids: Ten
     if not math.isfinite(softmax_scale):
         raise ValueError(f"softmax_scale is {softmax_scale}; it must be finite")
     return float(softmax_scale)
+
+
+def _check_row_share(row_share: tuple[int, int] | None, group: Any) -> None:
+    if row_share is None:
+        return
+    pair = isinstance(row_share, tuple) and len(row_share) == 2 and all(isinstance(i, int) for i in row_share)
+    if not pair or not 0 <= row_share[0] < row_share[1]:
+        raise ValueError(f"row_share is {row_share!r}; it must be (index, count), integers with 0 <= index < count")
+    if group is not None:
+        raise ValueError(f"row_share is {row_share!r} and a group is given; only one of them may be")
 
 
 def _check_row_grad(row_grad: Tensor, student: Tensor) -> None:

@@ -131,6 +131,8 @@ def backward(
         seq_len,
         0,
         seq_len,
+        0,
+        1,
         channels,
         softmax_scale * _LOG2_E,
         softmax_scale,
@@ -216,9 +218,13 @@ def backward_visit(
         k_grad: [B, key heads, N, D].
     """
     batch, heads, rows, channels = visit.q_s.shape
+    tiles = -(-rows // HOPPER_ROWS) * batch * heads
+    whole, parts = tiles, 1
+    if segments is None and not visit.diagonal:
+        whole, parts = _last_wave(tiles, -(-places.keys_end // pipeline.block_n), _multiprocessors(k_grad.device))
     launch(
         backward_kernel,
-        -(-rows // HOPPER_ROWS) * batch * heads,
+        whole + (tiles - whole) * parts,
         *_descriptors(Operands(visit.q_s, visit.k_s, visit.q_t, visit.k_t, False), pipeline),
         *(segments or (row_grad, row_grad)),
         *statistics,
@@ -231,6 +237,8 @@ def backward_visit(
         places.seq_len,
         places.first_row,
         places.keys_end,
+        whole,
+        parts,
         channels,
         softmax_scale * _LOG2_E,
         1.0,
@@ -238,6 +246,26 @@ def backward_visit(
         **{"SELF": False, "NARROW": False, "VISIT": True},
         **_OPTIONS,
     )
+
+
+def _last_wave(tiles: int, key_tiles: int, multiprocessors: int) -> tuple[int, int]:
+    """(row tiles with a program each, programs of each of the others), where all take equally long.
+
+    Each program fills a multiprocessor: where there are a few more than fill all of them some times over, the last ones
+    would run almost alone. They are divided by their keys, into 8 parts at most.
+    """
+    rest = tiles % multiprocessors
+    fitting = [parts for parts in (1, 2, 4, 8) if parts <= key_tiles]
+    # In units of a whole program.
+    parts = min(fitting, key=lambda parts: (-(-rest * parts // multiprocessors) / parts, parts))
+    return (tiles, 1) if parts == 1 else (tiles - rest, parts)
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":  # where kernels are only compiled
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _descriptors(operands: Operands, pipeline: Pipeline) -> tuple[TensorDescriptor, ...]:

@@ -61,13 +61,23 @@ def _mask_weights(
 
 
 @gluon.jit
+def _turned(j, tile, begin, count, VISIT: gl.constexpr):
+    """Which tile of keys comes j-th of the `count` from `begin` on: in a visit each row tile begins elsewhere, so that
+    those which run together do not all add to the same gradient."""
+    if VISIT:
+        j += tile % count
+        j = begin + gl.where(j >= count, j - count, j)
+    return j
+
+
+@gluon.jit
 def _backward_fetch(
-    k_s, k_t, batch, key_head, last, count, ring_s, ring_t, ready_s, ready_t, free_s, free_t,
-    N: gl.constexpr, D: gl.constexpr,
+    k_s, k_t, batch, key_head, tile, last, begin, count, ring_s, ring_t, ready_s, ready_t, free_s, free_t,
+    N: gl.constexpr, D: gl.constexpr, VISIT: gl.constexpr,
 ):  # fmt: skip
     """Fetch the tiles of keys: two buffers for the student's, which are used twice, one for the teacher's."""
     for j in range(count):
-        at = [batch, key_head, last - j * N, 0]
+        at = [batch, key_head, last - _turned(j, tile, begin, count, VISIT) * N, 0]
         slot = j % 2
         mbarrier.wait(free_s.index(slot), ((j // 2) & 1) ^ 1)
         mbarrier.expect(ready_s.index(slot), N * D * 2)
@@ -90,8 +100,8 @@ def _stage(x, left, right):
 @gluon.jit
 def _backward_rows(
     segments, pivot_s, pivot_t, sum_s, sum_t, row_grad, unit, key_grad, grad,
-    batch, head, heads, key_head, tile_start, last, count, full, seq_len, first_row, keys_end, channels, log2_scale,
-    softmax_scale, own_s, own_t, own_ready, ring_s, ring_t, ready_s, ready_t, free_s, free_t,
+    batch, head, heads, key_head, tile_start, last, begin, count, full, seq_len, first_row, keys_end, channels,
+    log2_scale, softmax_scale, own_s, own_t, own_ready, ring_s, ring_t, ready_s, ready_t, free_s, free_t,
     weights, weights_ready, weights_free, stage,
     HALF: gl.constexpr, N: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SEGMENTS: gl.constexpr, SELF: gl.constexpr,
     NARROW: gl.constexpr, VISIT: gl.constexpr,
@@ -146,7 +156,8 @@ def _backward_rows(
     e_s = gl.exp2(exponent(s, log2_scale, m_s))
 
     for j in range(count):
-        key_start = last - j * N
+        turned = _turned(j, tile_start // ROWS, begin, count, VISIT)
+        key_start = last - turned * N
         slot = j % 2
         following = slot ^ 1
         # Always 0, which the compiler cannot know: it would keep the operands' 64-bit descriptors over the whole
@@ -154,7 +165,7 @@ def _backward_rows(
         fresh = j >> 30
         e_t = gl.exp2(exponent(t, log2_scale, m_t))
         w = gl.fma(e_s, gl.zeros_like(e_s) + r[:, None], -e_t) * (gl.zeros_like(e_s) + g[:, None])
-        masked = (j == 0) | (j >= full)
+        masked = (turned == 0) | (turned >= full)
         # The last gradients on their way out have left the buffers, one of which is the weights'.
         tma.store_wait(0)
         barrier()
@@ -231,10 +242,10 @@ def _backward_rows(
         gl.store(pointers, (acc * factor).to(dtype), mask=inside)
 
 
-@gluon.jit(do_not_specialize=["heads", "group", "seq_len", "first_row", "keys_end"])
+@gluon.jit(do_not_specialize=["heads", "group", "seq_len", "first_row", "keys_end", "whole", "parts"])
 def backward_kernel(
     q_s, k_s, q_t, k_t, segments, bounds, pivot_s, pivot_t, sum_s, sum_t, row_grad, unit, key_grad, grad,
-    heads, group, seq_len, first_row, keys_end, channels, log2_scale, softmax_scale,
+    heads, group, seq_len, first_row, keys_end, whole, parts, channels, log2_scale, softmax_scale,
     N: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SEGMENTS: gl.constexpr, SELF: gl.constexpr, NARROW: gl.constexpr,
     VISIT: gl.constexpr,
 ):  # fmt: skip
@@ -244,16 +255,19 @@ def backward_kernel(
     keys' gradient is added up there, not multiplied by softmax_scale, in no fixed order. With SELF the rows' is
     too; else it goes to grad [B, H, T, channels], finished. With NARROW, row_grad is in units of unit[0].
 
-    In a visit grad is a descriptor like key_grad, of the rows, to which theirs is added; unit is not looked at.
-    Pivots, first_row and keys_end are for visits only.
+    In a visit grad is a descriptor like key_grad, of the rows, to which theirs is added; unit is not looked at. Of row
+    tiles in the order of programs, those behind the first `whole` have `parts` programs each, which divide their keys.
+    Pivots, first_row, keys_end, whole and parts are for visits only.
     """
     dtype: gl.constexpr = q_s.dtype
     tiles = gl.cdiv(seq_len, ROWS)
     own_tiles = tiles
+    number = gl.program_id(0)
     if VISIT:
         own_tiles = tiles - first_row // ROWS
-    tile = tiles - 1 - gl.program_id(0) % own_tiles
-    sequence = gl.program_id(0) // own_tiles
+        number = gl.where(number < whole, number, whole + (number - whole) // parts)
+    tile = tiles - 1 - number % own_tiles
+    sequence = number // own_tiles
     batch = sequence // heads
     head = sequence % heads
     key_head = head // group
@@ -261,8 +275,13 @@ def backward_kernel(
     segments += batch.to(gl.int64) * seq_len
     last, count, full = span(bounds, tile, tiles, batch, keys_end, N, SEGMENTS, VISIT)
     own = start
+    begin = 0
     if VISIT:
         own = start - first_row
+        divided = gl.program_id(0) >= whole
+        part = gl.where(divided, (gl.program_id(0) - whole) % parts, 0)
+        begin = gl.where(divided, count * part // parts, 0)
+        count = gl.where(divided, count * (part + 1) // parts, count) - begin
 
     own_s = gl.allocate_shared_memory(dtype, [2, 1, 1, HALF_ROWS, D], q_s.layout)
     own_t = gl.allocate_shared_memory(dtype, [2, 1, 1, HALF_ROWS, D], q_t.layout)
@@ -296,18 +315,19 @@ def backward_kernel(
         [
             (_backward_rows, (
                 segments, pivot_s, pivot_t, sum_s, sum_t, row_grad, unit, key_grad, grad,
-                batch, head, heads, key_head, start, last, count, full, seq_len, first_row, keys_end, channels,
+                batch, head, heads, key_head, start, last, begin, count, full, seq_len, first_row, keys_end, channels,
                 log2_scale, softmax_scale, own_s, own_t, own_ready, ring_s, ring_t, ready_s, ready_t, free_s, free_t,
                 weights, weights_ready, weights_free, stage, 0, N, D, K, SEGMENTS, SELF, NARROW, VISIT,
             )),
             (_backward_rows, (
                 segments, pivot_s, pivot_t, sum_s, sum_t, row_grad, unit, key_grad, grad,
-                batch, head, heads, key_head, start, last, count, full, seq_len, first_row, keys_end, channels,
+                batch, head, heads, key_head, start, last, begin, count, full, seq_len, first_row, keys_end, channels,
                 log2_scale, softmax_scale, own_s, own_t, own_ready, ring_s, ring_t, ready_s, ready_t, free_s, free_t,
                 weights, weights_ready, weights_free, stage, 1, N, D, K, SEGMENTS, SELF, NARROW, VISIT,
             )),
             (_backward_fetch, (
-                k_s, k_t, batch, key_head, last, count, ring_s, ring_t, ready_s, ready_t, free_s, free_t, N, D,
+                k_s, k_t, batch, key_head, tile, last, begin, count, ring_s, ring_t, ready_s, ready_t, free_s, free_t,
+                N, D, VISIT,
             )),
         ],
         [4, 1],

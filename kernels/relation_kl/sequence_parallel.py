@@ -24,8 +24,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .chunk_plan import Plan, make_plan
 from .torch_backend import Operands
 from .torch_visit import State, Visit, own_logits
+
+# With fewer, transfers take longer than the computation; with more, they slow it down (figures in README.md).
+_NCCL_BLOCKS = 8
 
 Chunk = list[Tensor]  # of keys: k_s, k_t [B, Hkv, N, D], and ids [B, N] where there are segments
 
@@ -40,55 +44,6 @@ class _Rows(NamedTuple):
     others: list[Tensor]  # [B, H, R]: the pivots of student and teacher in forward, upstream gradient in backward
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Who computes what; the same on every rank. Chunks are numbered along the sequence, two a rank.
-
-    Attributes:
-        rank: this one, in the group.
-        ranks: P.
-        lengths: tokens of a rank's first and second chunk.
-        rows: for each rank the chunks whose rows it computes, in order.
-        sees: [2 P, 2 P] bool as nested lists: whether a chunk's rows may see a chunk's keys.
-    """
-
-    rank: int
-    ranks: int
-    lengths: tuple[int, int]
-    rows: list[list[int]]
-    sees: list[list[bool]]
-
-    @property
-    def own(self) -> tuple[int, int]:
-        """The chunks of this rank's shard."""
-        return 2 * self.rank, 2 * self.rank + 1
-
-    @property
-    def steps(self) -> list[tuple[int, int]]:
-        """(distance to the owner, which of its chunks) of the keys of other ranks, in the order of the visits."""
-        return [(distance, half) for distance in range(1, self.ranks) for half in (0, 1)]
-
-    def needs(self, worker: int, chunk: int) -> bool:
-        """Whether rows that `worker` computes may see the chunk's keys."""
-        return any(self.sees[row][chunk] for row in self.rows[worker])
-
-    def coming(self, step: tuple[int, int]) -> tuple[int, int] | None:
-        """(owner, chunk) of the keys that this rank visits in a step, if it needs any."""
-        owner = (self.rank - step[0]) % self.ranks
-        chunk = 2 * owner + step[1]
-        return (owner, chunk) if self.needs(self.rank, chunk) else None
-
-    def going(self, step: tuple[int, int]) -> tuple[int, int] | None:
-        """(worker, chunk) of this rank's keys that are visited elsewhere in a step, if they are."""
-        worker, chunk = (self.rank + step[0]) % self.ranks, 2 * self.rank + step[1]
-        return (worker, chunk) if self.needs(worker, chunk) else None
-
-    def span(self, chunk: int) -> slice:
-        """Where a chunk lies in its owner's shard."""
-        first, second = self.lengths
-        return slice(0, first) if chunk % 2 == 0 else slice(first, first + second)
-
-
 @dataclass
 class _Job:
     """A call on this rank: its own keys, cut into chunks once, and the rows that it computes.
@@ -101,7 +56,7 @@ class _Job:
         works: what brings them.
     """
 
-    plan: _Plan
+    plan: Plan
     keys: dict[int, Chunk]
     own: list[_Rows]
     foreign: list[_Rows]
@@ -132,6 +87,18 @@ def _exactly(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def nccl_options() -> Any:
+    """Options of an NCCL group whose exchanges run beside the kernels.
+
+    `dist.new_group(ranks, backend="nccl", pg_options=nccl_options())`: a kernel of NCCL's occupies multiprocessors
+    until its peer has come, so it is to have few of them, and, as the kernels here fill them all, the first that are
+    free.
+    """
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options.config.max_ctas = _NCCL_BLOCKS
+    return options
+
+
 class SequenceParallel:
     """A backend over the ranks of a group, with the methods of the backend modules.
 
@@ -149,7 +116,7 @@ class SequenceParallel:
         self, operands: Operands, softmax_scale: float, segment_ids: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Rows [B, H, T] of this rank's shard, and statistics of the rows that it computed."""
-        plan = self._plan(operands.student_q, segment_ids)
+        plan = make_plan(operands.student_q, segment_ids, self.group)
         if plan is None:
             return self.local.forward(operands, softmax_scale, segment_ids)
         job = self._start(plan, operands, segment_ids, self._pivots(operands, softmax_scale, segment_ids))
@@ -165,7 +132,7 @@ class SequenceParallel:
         row_grad: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         """Gradients of this rank's student_q and student_k for the sum over all ranks; see the backend modules."""
-        plan = self._plan(operands.student_q, segment_ids)
+        plan = make_plan(operands.student_q, segment_ids, self.group)
         if plan is None:
             return self.local.backward(operands, softmax_scale, segment_ids, statistics, row_grad)
         row_grad, unit = self._prepare(operands, softmax_scale, segment_ids, row_grad)
@@ -177,7 +144,7 @@ class SequenceParallel:
         self, operands: Operands, softmax_scale: float, segment_ids: Tensor | None, row_grad: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Rows and both gradients, by the two passes; rows of other ranks are fetched once."""
-        plan = self._plan(operands.student_q, segment_ids)
+        plan = make_plan(operands.student_q, segment_ids, self.group)
         if plan is None:
             return self.local.value_and_grad(operands, softmax_scale, segment_ids, row_grad)
         row_grad, unit = self._prepare(operands, softmax_scale, segment_ids, row_grad)
@@ -282,39 +249,7 @@ class SequenceParallel:
             row_grad = torch.where((segment_ids >= 0)[:, None], row_grad, 0.0)
         return self.visits.prepare(row_grad, operands.student_q.dtype, scale, self.group)
 
-    def _plan(self, q: Tensor, segment_ids: Tensor | None) -> _Plan | None:
-        """Who computes what, or None where no segment reaches beyond its shard; waits for the device once."""
-        rank, ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
-        lengths = ((q.shape[2] + 1) // 2, q.shape[2] // 2)
-        chunks = range(2 * ranks)
-        if segment_ids is None:
-            sees = [[c <= r and lengths[c % 2] > 0 and lengths[r % 2] > 0 for c in chunks] for r in chunks]
-        else:
-            ranges = torch.stack([_id_range(part) for part in segment_ids.split(lengths[0], 1)])
-            if lengths[1] == 0:
-                ranges = torch.cat([ranges, _id_range(segment_ids[:, :0])[None]])
-            gathered = [torch.empty_like(ranges) for _ in range(ranks)]
-            dist.all_gather(gathered, ranges, group=self.group)
-            low, high = torch.cat(gathered).cpu().unbind(-1)  # [2 P, B]
-            meet = ((low[:, None] <= high[None]) & (high[:, None] >= low[None])).any(-1).tolist()
-            sees = [[c <= r and meet[r][c] for c in chunks] for r in chunks]
-        if not any(sees[r][c] for r in chunks for c in chunks if r // 2 != c // 2):
-            return None
-        # The chunk with the most to see beside the one with the least, and so on. Of each two pairs, one goes to the
-        # owner of its lesser chunk and the next to that of its greater one, as far as those are free.
-        cost = [sum(row) - 0.5 * row[i] for i, row in enumerate(sees)]
-        order = sorted(chunks, key=lambda c: (cost[c], c))
-        rows: list[list[int]] = [[] for _ in range(ranks)]
-        free = set(range(ranks))
-        for i in range(ranks):
-            less, more = order[i], order[-1 - i]
-            wanted = (less // 2, more // 2) if i % 2 == 0 else (more // 2, less // 2)
-            worker = next((w for w in wanted if w in free), min(free))
-            free.remove(worker)
-            rows[worker] = sorted((less, more))
-        return _Plan(rank, ranks, lengths, rows, sees)
-
-    def _start(self, plan: _Plan, operands: Operands, segment_ids: Tensor | None, others: list[Tensor]) -> _Job:
+    def _start(self, plan: Plan, operands: Operands, segment_ids: Tensor | None, others: list[Tensor]) -> _Job:
         """Cuts the shard into chunks, and sends for the rows of other ranks; `others` are [B, H, T]."""
         ids = [] if segment_ids is None else [segment_ids.long()]
         keys, rows = {}, {}
@@ -339,7 +274,7 @@ class SequenceParallel:
         foreign = [named(chunk, x) for chunk, x in found.items() if chunk not in plan.own]
         return _Job(plan, keys, own, foreign, works)
 
-    def _start_return(self, plan: _Plan, results: dict[int, Tensor]) -> tuple[dict[int, Tensor], list[Any]]:
+    def _start_return(self, plan: Plan, results: dict[int, Tensor]) -> tuple[dict[int, Tensor], list[Any]]:
         """Sends the results of rows to their owners; own chunk -> its result, once the works are waited for."""
         parts = {chunk: [x] for chunk, x in results.items()}
         example = next(iter(results.values()))
@@ -355,7 +290,7 @@ class SequenceParallel:
 
     def _exchange(
         self,
-        plan: _Plan,
+        plan: Plan,
         moves: list[tuple[int, int, int]],
         parts: dict[int, list[Tensor]],
         shapes: dict[int, list[Tensor]],
@@ -409,7 +344,7 @@ class SequenceParallel:
 class _Returns:
     """Gradients of fetched keys on their way back to their owners, and this rank's own coming in, a step behind."""
 
-    def __init__(self, parallel: SequenceParallel, plan: _Plan, k_grads: dict[int, Tensor]) -> None:
+    def __init__(self, parallel: SequenceParallel, plan: Plan, k_grads: dict[int, Tensor]) -> None:
         self.parallel, self.plan, self.k_grads = parallel, plan, k_grads
         self.pending: tuple[list[Any], Tensor | None, int, Tensor | None] = ([], None, 0, None)
 
@@ -433,14 +368,6 @@ class _Returns:
         if incoming is not None:
             self.k_grads[chunk] += incoming
         self.pending = [], None, 0, None
-
-
-def _id_range(ids: Tensor) -> Tensor:
-    """[B, 2]: the least and the largest id that is not negative; the least above the largest where there is none."""
-    if ids.shape[1] == 0:
-        return torch.tensor([2**62, -1], device=ids.device).expand(ids.shape[0], 2).contiguous()
-    ids = ids.long()
-    return torch.stack([torch.where(ids >= 0, ids, 2**62).amin(1), ids.amax(1).clamp(min=-1)], -1)
 
 
 def _working(x: Tensor) -> torch.dtype:

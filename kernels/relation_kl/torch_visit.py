@@ -65,6 +65,14 @@ class State:
         self.m_s, self.m_t = m_s, m_t
         self.l_s, self.l_t, self.a = (x.add_(y) for x, y in zip(mine, theirs, strict=True))
 
+    @classmethod
+    def joined(cls, states: Sequence[State]) -> State:
+        """Of the same rows, each after visits of other keys."""
+        fields = ("m_s", "m_t", "l_s", "l_t", "a")
+        every = cls(*(torch.stack([getattr(state, name) for state in states]) for name in fields))
+        m_s, m_t = every.m_s.amax(0), every.m_t.amax(0)
+        return cls(m_s, m_t, *(x.sum(0) for x in _lowered(every, m_s, m_t)))
+
     def rows(self, ids: Tensor | None) -> Tensor:
         """The divergence of each row in nats; 0 for padding."""
         value = (self.a / self.l_t - (self.l_t.log2() - self.l_s.log2())) * _LN2

@@ -23,7 +23,7 @@ LONG = cost.Relation(tokens=2**17, heads=32, key_heads=32, head_dim=128)
 
 
 def _count(rank: int, ranks: int, rendezvous: str, out: str) -> None:
-    """Saves the bytes that this rank receives and sends for each relation, forward and backward."""
+    """Saves the bytes that this rank receives and sends for each relation, forward and backward, at once and apart."""
     os.environ.pop("TRITON_INTERPRET", None)
     torch.set_num_threads(1)
     wait = timedelta(seconds=60)
@@ -47,12 +47,16 @@ def _count(rank: int, ranks: int, rendezvous: str, out: str) -> None:
             moved.update(_receive=0, _send=0)
             shape = (1, relation.heads, relation.tokens // ranks, relation.head_dim)
             rows, upstream = torch.randn(shape), torch.ones(shape[:3])
-            if relation.is_self:
-                rk.relation_kl_value_and_grad(rows, rows.flip(2), upstream, group=dist.group.WORLD, backend="torch")
-            else:
-                keys = rows[:, : relation.key_heads].contiguous()
-                operands = rows, keys, rows.flip(2), keys.flip(2)
-                rk.attention_kl_value_and_grad(*operands, upstream, group=dist.group.WORLD, backend="torch")
+            operands = [rows]
+            if not relation.is_self:
+                operands.append(rows[:, : relation.key_heads].contiguous())
+            teachers, kind = [x.flip(2) for x in operands], "relation" if relation.is_self else "attention"
+            options: Any = {"group": dist.group.WORLD, "backend": "torch"}
+            getattr(rk, f"{kind}_kl_value_and_grad")(*operands, *teachers, upstream, **options)
+            found.append((moved["_receive"], moved["_send"]))
+            moved.update(_receive=0, _send=0)
+            leaves = [x.detach().requires_grad_() for x in operands]
+            getattr(rk, f"{kind}_kl")(*leaves, *teachers, **options).backward(upstream)
             found.append((moved["_receive"], moved["_send"]))
     finally:
         dist.destroy_process_group()
@@ -63,8 +67,9 @@ def _count(rank: int, ranks: int, rendezvous: str, out: str) -> None:
 def test_the_bytes_are_those_that_are_sent(ranks: int, tmp_path: Path) -> None:
     mp.spawn(_count, (ranks, str(tmp_path / "rendezvous"), str(tmp_path / "bytes")), nprocs=ranks)
     counted = [torch.load(tmp_path / f"bytes-{rank}") for rank in range(ranks)]
-    for i, relation in enumerate((SELF, ATTENTION)):
-        found = cost.sequence(relation, ranks, FREE)
+    cases = [(relation, apart) for relation in (SELF, ATTENTION) for apart in (False, True)]
+    for i, (relation, apart) in enumerate(cases):
+        found = cost.sequence(relation, ranks, FREE, apart)
         assert found.received == max(each[i][0] for each in counted)
         assert found.sent == max(each[i][1] for each in counted)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import relation_kl as rk
 import torch
+import torch.distributed as dist
 from relation_kl import functional
 
 X = torch.randn(2, 4, 8, 16)
@@ -71,6 +73,21 @@ def test_row_grad() -> None:
 def test_group_must_be_a_process_group() -> None:
     with pytest.raises(ValueError, match=r"group is .*process group"):
         rk.relation_kl(X, X, group=object())
+
+
+@pytest.mark.parametrize("share", [(2, 2), (-1, 2), (0, 0), (0,), [0, 1], (0.0, 1), 1])
+def test_row_share(share: object) -> None:
+    with pytest.raises(ValueError, match=r"row_share is .*0 <= index < count"):
+        rk.relation_kl(X, X, row_share=share)  # type: ignore[arg-type]
+
+
+def test_row_share_and_group_exclude_each_other(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match=r"row_share is \(0, 2\) and a group is given"):
+            rk.relation_kl_value_and_grad(X, X, X[..., 0], row_share=(0, 2), group=dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:

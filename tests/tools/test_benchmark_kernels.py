@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
-import sys
+import importlib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,19 +12,13 @@ import pytest
 import relation_kl as rk
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
 TINY = ["--device", "cpu", "--backend", "torch", "--lengths", "48", "--head-dims", "16", "--heads", "4"]
 TINY += ["--dtype", "fp32", "--repeats", "3", "--segments", "one"]
 
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark_kernels", ROOT / "tools" / "benchmark_kernels.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("benchmark_kernels")
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

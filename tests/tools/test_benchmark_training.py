@@ -6,7 +6,6 @@ import csv
 import gc
 import importlib
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,8 +33,6 @@ TINY += ["--deepspeed", str(ROOT / "ds_configs" / "zero3.json"), "--commit", "ab
 
 
 def _tool() -> ModuleType:
-    if str(ROOT / "tools") not in sys.path:
-        sys.path.insert(0, str(ROOT / "tools"))
     return importlib.import_module("benchmark_training")
 
 

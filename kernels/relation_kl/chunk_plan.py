@@ -1,0 +1,124 @@
+"""Who computes what of a sequence that is sharded over ranks: chunks of rows, and the keys that each needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who computes what; the same on every rank. Chunks are numbered along the sequence, two a rank.
+
+    Attributes:
+        rank: this one, in the group.
+        ranks: P.
+        lengths: tokens of a rank's first and second chunk.
+        rows: for each rank the chunks whose rows it computes, in order.
+        sees: [2 P, 2 P] bool as nested lists: whether a chunk's rows may see a chunk's keys.
+    """
+
+    rank: int
+    ranks: int
+    lengths: tuple[int, int]
+    rows: list[list[int]]
+    sees: list[list[bool]]
+
+    @property
+    def own(self) -> tuple[int, int]:
+        """The chunks of this rank's shard."""
+        return 2 * self.rank, 2 * self.rank + 1
+
+    @property
+    def steps(self) -> list[tuple[int, int]]:
+        """(distance to the owner, which of its chunks) of the keys of other ranks, in the order of the visits."""
+        return [(distance, half) for distance in range(1, self.ranks) for half in (0, 1)]
+
+    def needs(self, worker: int, chunk: int) -> bool:
+        """Whether rows that `worker` computes may see the chunk's keys."""
+        return any(self.sees[row][chunk] for row in self.rows[worker])
+
+    def coming(self, step: tuple[int, int]) -> tuple[int, int] | None:
+        """(owner, chunk) of the keys that this rank visits in a step, if it needs any."""
+        owner = (self.rank - step[0]) % self.ranks
+        chunk = 2 * owner + step[1]
+        return (owner, chunk) if self.needs(self.rank, chunk) else None
+
+    def going(self, step: tuple[int, int]) -> tuple[int, int] | None:
+        """(worker, chunk) of this rank's keys that are visited elsewhere in a step, if they are."""
+        worker, chunk = (self.rank + step[0]) % self.ranks, 2 * self.rank + step[1]
+        return (worker, chunk) if self.needs(worker, chunk) else None
+
+    def span(self, chunk: int) -> slice:
+        """Where a chunk lies in its owner's shard."""
+        first, second = self.lengths
+        return slice(0, first) if chunk % 2 == 0 else slice(first, first + second)
+
+
+def make_plan(q: Tensor, segment_ids: Tensor | None, group: Any) -> Plan | None:
+    """Who computes what, or None where no segment reaches beyond its shard; waits for the device once.
+
+    Args:
+        q: this rank's shard, [B, H, T, D].
+        segment_ids: of the shard, [B, T], or None.
+        group: torch process group.
+
+    Raises:
+        ValueError: shards of unequal length; not checked on a GPU without segment_ids, where nothing is gathered.
+    """
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    lengths = ((q.shape[2] + 1) // 2, q.shape[2] // 2)
+    chunks = range(2 * ranks)
+    if segment_ids is None:
+        if q.device.type == "cpu":
+            gathered = list(torch.zeros(ranks, 1, dtype=torch.int64))
+            dist.all_gather(gathered, torch.tensor([q.shape[2]]), group=group)
+            _check_lengths([int(length) for length in gathered])
+        sees = [[c <= r and lengths[c % 2] > 0 and lengths[r % 2] > 0 for c in chunks] for r in chunks]
+    else:
+        ranges = [_id_range(part) for part in segment_ids.split(lengths[0], 1)]
+        if lengths[1] == 0:
+            ranges.append(_id_range(segment_ids[:, :0]))
+        mine = torch.stack([*ranges, torch.full_like(ranges[0], q.shape[2])])
+        gathered = [torch.empty_like(mine) for _ in range(ranks)]
+        dist.all_gather(gathered, mine, group=group)
+        found = torch.stack(gathered).cpu()
+        _check_lengths(found[:, 2, 0, 0].tolist())
+        low, high = found[:, :2].flatten(0, 1).unbind(-1)  # [2 P, B]
+        meet = ((low[:, None] <= high[None]) & (high[:, None] >= low[None])).any(-1).tolist()
+        sees = [[c <= r and meet[r][c] for c in chunks] for r in chunks]
+    if not any(sees[r][c] for r in chunks for c in chunks if r // 2 != c // 2):
+        return None
+    # The chunk with the most to see beside the one with the least, and so on. Of each two pairs, one goes to the
+    # owner of its lesser chunk and the next to that of its greater one, as far as those are free.
+    cost = [sum(row) - 0.5 * row[i] for i, row in enumerate(sees)]
+    order = sorted(chunks, key=lambda c: (cost[c], c))
+    rows: list[list[int]] = [[] for _ in range(ranks)]
+    free = set(range(ranks))
+    for i in range(ranks):
+        less, more = order[i], order[-1 - i]
+        wanted = (less // 2, more // 2) if i % 2 == 0 else (more // 2, less // 2)
+        worker = next((w for w in wanted if w in free), min(free))
+        free.remove(worker)
+        rows[worker] = sorted((less, more))
+    return Plan(rank, ranks, lengths, rows, sees)
+
+
+def _check_lengths(lengths: list[int]) -> None:
+    """Of the shards, in the order of the ranks."""
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            f"student has T = {', '.join(map(str, lengths))} on the ranks of group; T must be equal on all"
+        )
+
+
+def _id_range(ids: Tensor) -> Tensor:
+    """[B, 2]: the least and the largest id that is not negative; the least above the largest where there is none."""
+    if ids.shape[1] == 0:
+        return torch.tensor([2**62, -1], device=ids.device).expand(ids.shape[0], 2).contiguous()
+    ids = ids.long()
+    return torch.stack([torch.where(ids >= 0, ids, 2**62).amin(1), ids.amax(1).clamp(min=-1)], -1)
