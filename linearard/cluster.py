@@ -38,8 +38,9 @@ class Gpu:
 
 # H200: relation and attention from the figures in kernels/relation_kl/README.md (relation_kl 52.8 ms and SDPA 55.2 ms
 # at 32K tokens, 32 heads, forward and backward), extrapolated to infinite length; a large matrix product reaches 782
-# TFLOP/s there, and 700 is what fits the 7B step in README.md together with `costs.ELEMENTWISE`. Memory and links: 0.83
-# and 0.8 of the data sheets' 4,800, 450 and 50 GB/s, not measured. The others: the H200's shares of their data sheets.
+# TFLOP/s there, and 700 is what fits the early 7B step of `costs` together with `costs.ELEMENTWISE`. Memory and links:
+# 0.83 and 0.8 of the data sheets' 4,800, 450 and 50 GB/s, not measured. The others: the H200's shares of their data
+# sheets.
 GPUS = {
     "H200": Gpu(139.8, 989, 700, 565, 512, 4000, 360, 40, measured=True),
     "H100": Gpu(79.1, 989, 700, 565, 512, 2800, 360, 40),

@@ -15,9 +15,10 @@ from linearard.cluster import GIB, Cluster
 from linearard.config import Config, layers_of, teacher_window
 from linearard.relation_mode import HEADS, WINDOWS, RelationMode, RelationShape, pick, waiting_seconds
 
-# Constants that belong to no GPU. Bytes are per token and channel of a layer. Where they come from: the seconds and GiB
-# of the 7B table in README.md (step 2: 2.86 s, 35.9 GiB) and the same model without relations (18.3 GiB; bound by the
-# host at 1.38 s for 4K tokens), both on two H200. How they divide over forward, adapters and backward was counted.
+# Constants that belong to no GPU. Bytes are per token and channel of a layer. Where they come from: two early runs of a
+# 7B model on two H200, one pass at 32K tokens (2.86 s, 35.9 GiB) and the same model without relations (18.3 GiB; bound
+# by the host at 1.38 s for 4K tokens). How they divide over forward, adapters and backward was counted. The eleven
+# steps in README.md were measured afterwards, and changed nothing here.
 ELEMENTWISE = {"hidden": 170.0, "intermediate": 11.0, "lora": 50.0}  # moved by norms, RoPE, residuals, activations
 BACKWARD_ELEMENTWISE = 2.25  # times forward
 LOGITS_BYTES = 40.0  # moved per token and word of the vocabulary by a loss on logits, forward and backward

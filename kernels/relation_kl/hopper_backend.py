@@ -13,7 +13,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .hopper_backward import backward_kernel
 from .hopper_forward import forward_kernel
 from .launch import launch
-from .tiles import HOPPER_ROWS, Pipeline
+from .tiles import HOPPER_ROWS, Pipeline, divide_last_wave
 from .torch_backend import Operands
 from .torch_visit import Visit
 
@@ -221,7 +221,7 @@ def backward_visit(
     tiles = -(-rows // HOPPER_ROWS) * batch * heads
     whole, parts = tiles, 1
     if segments is None and not visit.diagonal:
-        whole, parts = _last_wave(tiles, -(-places.keys_end // pipeline.block_n), _multiprocessors(k_grad.device))
+        whole, parts = divide_last_wave(tiles, -(-places.keys_end // pipeline.block_n), _multiprocessors(k_grad.device))
     launch(
         backward_kernel,
         whole + (tiles - whole) * parts,
@@ -246,19 +246,6 @@ def backward_visit(
         **{"SELF": False, "NARROW": False, "VISIT": True},
         **_OPTIONS,
     )
-
-
-def _last_wave(tiles: int, key_tiles: int, multiprocessors: int) -> tuple[int, int]:
-    """(row tiles with a program each, programs of each of the others), where all take equally long.
-
-    Each program fills a multiprocessor: where there are a few more than fill all of them some times over, the last ones
-    would run almost alone. They are divided by their keys, into 8 parts at most.
-    """
-    rest = tiles % multiprocessors
-    fitting = [parts for parts in (1, 2, 4, 8) if parts <= key_tiles]
-    # In units of a whole program.
-    parts = min(fitting, key=lambda parts: (-(-rest * parts // multiprocessors) / parts, parts))
-    return (tiles, 1) if parts == 1 else (tiles - rest, parts)
 
 
 @lru_cache

@@ -110,3 +110,24 @@ def pick_pipeline(architecture: str, head_dim: int, element_size: int) -> Pipeli
     if architecture != "sm_90" or element_size != 2:
         return None
     return next((pipeline for most, pipeline in _PIPELINES.items() if head_dim <= most), None)
+
+
+def divide_last_wave(tiles: int, key_tiles: int, multiprocessors: int) -> tuple[int, int]:
+    """How row tiles that all take equally long, one program each, are spread where a program fills a multiprocessor.
+
+    Where there are a few more than fill all multiprocessors some times over, the last ones would run almost alone:
+    those are divided by their keys, into 8 programs at most.
+
+    Args:
+        tiles: row tiles.
+        key_tiles: tiles of keys that each visits.
+        multiprocessors: of the GPU.
+
+    Returns:
+        (row tiles with one program, programs of each of the others).
+    """
+    rest = tiles % multiprocessors
+    possible = [parts for parts in (1, 2, 4, 8) if parts <= key_tiles]
+    # The time of the last ones, in units of a whole program.
+    parts = min(possible, key=lambda parts: (-(-rest * parts // multiprocessors) / parts, parts))
+    return (tiles, 1) if parts == 1 else (tiles - rest, parts)

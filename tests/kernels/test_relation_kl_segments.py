@@ -8,7 +8,7 @@ import tile_bounds_reference as reference
 import torch
 from relation_kl import segment_kernels
 from relation_kl.segment_kernels import tile_bounds
-from relation_kl.tiles import HOPPER_ROWS, pad_head_dim, pick_pipeline, pick_tiles
+from relation_kl.tiles import HOPPER_ROWS, divide_last_wave, pad_head_dim, pick_pipeline, pick_tiles
 from relation_kl_checks import segment_ids_of
 
 
@@ -170,3 +170,15 @@ def test_hopper_pipelines(head_dim: int) -> None:
         assert pipeline == pick_pipeline("sm_90", head_dim, 2)
         assert head_dim <= pipeline.block_k <= pipeline.block_d <= max(64, pad_head_dim(head_dim))
         assert HOPPER_ROWS % pipeline.block_n == 0 and pipeline.slots >= 2
+
+
+@pytest.mark.parametrize("key_tiles", [1, 3, 8, 128])
+@pytest.mark.parametrize("tiles", [1, 100, 131, 132, 133, 2048, 4096, 8192])
+def test_the_last_wave_is_divided_where_that_is_faster(tiles: int, key_tiles: int) -> None:
+    whole, parts = divide_last_wave(tiles, key_tiles, 132)
+    assert whole % 132 == 0 or parts == 1
+    assert 0 <= tiles - whole < 132 and 1 <= parts <= min(8, key_tiles)
+    time = whole / 132 + -(-(tiles - whole) * parts // 132) / parts if parts > 1 else -(-tiles // 132)
+    assert time <= -(-tiles // 132)
+    if tiles == 4096 and key_tiles == 128:
+        assert (whole, parts) == (31 * 132, 8) and time == 31.125
