@@ -80,9 +80,9 @@ def make_plan(q: Tensor, segment_ids: Tensor | None, group: Any) -> Plan | None:
             _check_lengths([int(length) for length in gathered])
         sees = [[c <= r and lengths[c % 2] > 0 and lengths[r % 2] > 0 for c in chunks] for r in chunks]
     else:
-        ranges = [_id_range(part) for part in segment_ids.split(lengths[0], 1)]
+        ranges = [id_range(part) for part in segment_ids.split(lengths[0], 1)]
         if lengths[1] == 0:
-            ranges.append(_id_range(segment_ids[:, :0]))
+            ranges.append(id_range(segment_ids[:, :0]))
         mine = torch.stack([*ranges, torch.full_like(ranges[0], q.shape[2])])
         gathered = [torch.empty_like(mine) for _ in range(ranks)]
         dist.all_gather(gathered, mine, group=group)
@@ -116,7 +116,7 @@ def _check_lengths(lengths: list[int]) -> None:
         )
 
 
-def _id_range(ids: Tensor) -> Tensor:
+def id_range(ids: Tensor) -> Tensor:
     """[B, 2]: the least and the largest id that is not negative; the least above the largest where there is none."""
     if ids.shape[1] == 0:
         return torch.tensor([2**62, -1], device=ids.device).expand(ids.shape[0], 2).contiguous()

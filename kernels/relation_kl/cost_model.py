@@ -52,8 +52,8 @@ class Machine:
             (README.md).
         link_gb_s: of one rank's link, each direction. 127: NCCL over NVLink between two H200, with the 8 blocks of
             `nccl_options` (README.md); a 400 Gb/s link has 50 by its name.
-        launch_seconds: no visit of a chunk's rows to a chunk's keys is faster. 1e-4: what a Gluon launch takes the
-            host (README.md).
+        launch_seconds: no visit of a chunk's rows to a chunk's keys is faster: some twenty launches of the host; not
+            measured.
         message_seconds: before the first byte of a step arrives; not measured.
     """
 

@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .chunk_plan import id_range
 from .torch_backend import Operands
-from .torch_visit import State, Visit, own_logits
+from .torch_visit import State, Visit, exactly, own_logits, working
 
 _Pairs = list[tuple[int, int]]  # chunks of rows and of keys
 
@@ -42,26 +43,27 @@ class RowShare:
         self.count, self.visits = count, visits
         self.own = index, 2 * count - 1 - index  # chunks
 
+    @exactly
     def forward(
         self, operands: Operands, softmax_scale: float, segment_ids: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Rows [B, H, T], and statistics of those that were computed, [2, B, H, L]."""
-        with torch.no_grad(), torch.autocast(operands.student_q.device.type, enabled=False):
-            chunks = self._chunks(operands, segment_ids)
-            seen: dict[int, list[State]] = {chunk: [] for chunk in self.own}
-            for pairs, visit in self._visits(chunks):
-                pivots = tuple(own_logits(x, x, softmax_scale, visit.row_ids) for x in (visit.q_s, visit.q_t))
-                state = self.visits.forward(visit, softmax_scale, pivots)
-                parts = [x.chunk(len(pairs)) for x in (state.m_s, state.m_t, state.l_s, state.l_t, state.a)]
-                for (chunk, _), *part in zip(pairs, *parts, strict=True):
-                    seen[chunk].append(State(*part))
-            states = {chunk: State.joined(found) for chunk, found in seen.items()}
-            rows = torch.zeros(chunks.x_s.shape[:4], dtype=_working(chunks.x_s), device=chunks.x_s.device)
-            for chunk, state in states.items():
-                rows[chunk] = state.rows(None if chunks.ids is None else chunks.ids[chunk])
-            statistics = zip(*(state.statistics() for state in states.values()), strict=True)
-            return _whole(rows, operands), tuple(torch.stack(each) for each in statistics)
+        chunks = self._chunks(operands, segment_ids)
+        seen: dict[int, list[State]] = {chunk: [] for chunk in self.own}
+        for pairs, visit in self._visits(chunks):
+            pivots = tuple(own_logits(x, x, softmax_scale, visit.row_ids) for x in (visit.q_s, visit.q_t))
+            state = self.visits.forward(visit, softmax_scale, pivots)
+            parts = [x.chunk(len(pairs)) for x in (state.m_s, state.m_t, state.l_s, state.l_t, state.a)]
+            for (chunk, _), *part in zip(pairs, *parts, strict=True):
+                seen[chunk].append(State(*part))
+        states = {chunk: State.joined(found) for chunk, found in seen.items()}
+        rows = torch.zeros(chunks.x_s.shape[:4], dtype=working(chunks.x_s), device=chunks.x_s.device)
+        for chunk, state in states.items():
+            rows[chunk] = state.rows(None if chunks.ids is None else chunks.ids[chunk])
+        statistics = zip(*(state.statistics() for state in states.values()), strict=True)
+        return _whole(rows, operands), tuple(torch.stack(each) for each in statistics)
 
+    @exactly
     def backward(
         self,
         operands: Operands,
@@ -71,28 +73,27 @@ class RowShare:
         row_grad: Tensor,
     ) -> tuple[Tensor, None]:
         """What this share's rows add to the gradient of student_q, rows and keys; upstream of other rows is ignored."""
-        with torch.no_grad(), torch.autocast(operands.student_q.device.type, enabled=False):
-            chunks = self._chunks(operands, segment_ids)
-            kind = _working(chunks.x_s)
-            upstream = self._cut(row_grad, 2)
-            upstream = torch.stack([upstream[chunk] for chunk in self.own]).to(kind)
-            if chunks.ids is not None:
-                real = torch.stack([chunks.ids[chunk] for chunk in self.own]) >= 0
-                upstream = torch.where(real[:, :, None], upstream, 0.0)
-            upstream, unit = self.visits.prepare(upstream, chunks.x_s.dtype, softmax_scale, None)
-            total = torch.zeros(chunks.x_s.shape, dtype=kind, device=chunks.x_s.device)
-            for pairs, visit in self._visits(chunks):
-                *of_rows, g = (torch.cat([x[self.own.index(row)] for row, _ in pairs]) for x in (*statistics, upstream))
-                q_grad = torch.zeros(visit.q_s.shape, dtype=kind, device=total.device)
-                k_grad = q_grad if visit.diagonal else torch.zeros_like(q_grad)
-                self.visits.backward(visit, softmax_scale, of_rows, g, q_grad, k_grad)
-                for (row, key), x, y in zip(pairs, q_grad.chunk(len(pairs)), k_grad.chunk(len(pairs)), strict=True):
-                    total[row] += x
-                    if key != row:
-                        total[key] += y
-            if unit is not None:
-                total.mul_(unit)
-            return _whole(total, operands).to(chunks.x_s.dtype), None
+        chunks = self._chunks(operands, segment_ids)
+        kind = working(chunks.x_s)
+        upstream = self._cut(row_grad, 2)
+        upstream = torch.stack([upstream[chunk] for chunk in self.own]).to(kind)
+        if chunks.ids is not None:
+            real = torch.stack([chunks.ids[chunk] for chunk in self.own]) >= 0
+            upstream = torch.where(real[:, :, None], upstream, 0.0)
+        upstream, unit = self.visits.prepare(upstream, chunks.x_s.dtype, softmax_scale, None)
+        total = torch.zeros(chunks.x_s.shape, dtype=kind, device=chunks.x_s.device)
+        for pairs, visit in self._visits(chunks):
+            *of_rows, g = (torch.cat([x[self.own.index(row)] for row, _ in pairs]) for x in (*statistics, upstream))
+            q_grad = torch.zeros(visit.q_s.shape, dtype=kind, device=total.device)
+            k_grad = q_grad if visit.diagonal else torch.zeros_like(q_grad)
+            self.visits.backward(visit, softmax_scale, of_rows, g, q_grad, k_grad)
+            for (row, key), x, y in zip(pairs, q_grad.chunk(len(pairs)), k_grad.chunk(len(pairs)), strict=True):
+                total[row] += x
+                if key != row:
+                    total[key] += y
+        if unit is not None:
+            total.mul_(unit)
+        return _whole(total, operands).to(chunks.x_s.dtype), None
 
     def value_and_grad(
         self, operands: Operands, softmax_scale: float, segment_ids: Tensor | None, row_grad: Tensor
@@ -139,15 +140,10 @@ def _meet(rows: Tensor, keys: Tensor) -> bool:
     """
     if rows.device.type != "cpu":
         return True
-    largest = torch.iinfo(rows.dtype).max
-    low, low_keys = (torch.where(ids >= 0, ids, largest).amin(1) for ids in (rows, keys))
-    return bool(((low <= keys.amax(1)) & (low_keys <= rows.amax(1))).any())
+    (low, high), (low_keys, high_keys) = (id_range(ids).unbind(-1) for ids in (rows, keys))
+    return bool(((low <= high_keys) & (low_keys <= high)).any())
 
 
 def _whole(x: Tensor, operands: Operands) -> Tensor:
     """Chunks [2 C, B, H, L, ...] as [B, H, T, ...]."""
     return x.movedim(0, 2).flatten(2, 3)[:, :, : operands.student_q.shape[2]]
-
-
-def _working(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)

@@ -14,8 +14,7 @@ one, [at the last: gradients of rows,] gradients of the step's keys.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from .chunk_plan import Plan, make_plan
 from .torch_backend import Operands
-from .torch_visit import State, Visit, own_logits
+from .torch_visit import State, Visit, exactly, own_logits, working
 
 # With fewer, transfers take longer than the computation; with more, they slow it down (figures in README.md).
 _NCCL_BLOCKS = 8
@@ -76,17 +75,6 @@ class _Job:
                 yield each, Visit(each.q_s, each.q_t, k_s, k_t, each.ids, of_keys, each.chunk == chunk)
 
 
-def _exactly(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Without autograd, and in the precision written down, as the torch backend computes."""
-
-    @functools.wraps(function)
-    def wrapped(self: Any, operands: Operands, *arguments: Any) -> Any:
-        with torch.no_grad(), torch.autocast(operands.student_q.device.type, enabled=False):
-            return function(self, operands, *arguments)
-
-    return wrapped
-
-
 def nccl_options() -> Any:
     """Options of an NCCL group whose exchanges run beside the kernels.
 
@@ -111,7 +99,7 @@ class SequenceParallel:
     def __init__(self, group: Any, local: ModuleType, visits: ModuleType) -> None:
         self.group, self.local, self.visits = group, local, visits
 
-    @_exactly
+    @exactly
     def forward(
         self, operands: Operands, softmax_scale: float, segment_ids: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -122,7 +110,7 @@ class SequenceParallel:
         job = self._start(plan, operands, segment_ids, self._pivots(operands, softmax_scale, segment_ids))
         return self._forward(job, operands, softmax_scale)
 
-    @_exactly
+    @exactly
     def backward(
         self,
         operands: Operands,
@@ -139,7 +127,7 @@ class SequenceParallel:
         job = self._start(plan, operands, segment_ids, [row_grad])
         return self._backward(job, operands, softmax_scale, statistics, unit)
 
-    @_exactly
+    @exactly
     def value_and_grad(
         self, operands: Operands, softmax_scale: float, segment_ids: Tensor | None, row_grad: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -184,7 +172,7 @@ class SequenceParallel:
         self, job: _Job, operands: Operands, scale: float, statistics: Sequence[Tensor], unit: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         plan, q, k = job.plan, operands.student_q, operands.student_k
-        kind = _working(q)
+        kind = working(q)
         chunks = plan.rows[plan.rank]
         lengths = [plan.span(chunk).stop - plan.span(chunk).start for chunk in chunks]
         of_rows = dict(zip(chunks, zip(*(x.split(lengths, 2) for x in statistics), strict=True), strict=True))
@@ -244,7 +232,7 @@ class SequenceParallel:
         self, operands: Operands, scale: float, segment_ids: Tensor | None, row_grad: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """The upstream gradient as visits take it, 0 for padding, which may be anything; see `torch_visit.prepare`."""
-        row_grad = row_grad.to(_working(operands.student_q))
+        row_grad = row_grad.to(working(operands.student_q))
         if segment_ids is not None:
             row_grad = torch.where((segment_ids >= 0)[:, None], row_grad, 0.0)
         return self.visits.prepare(row_grad, operands.student_q.dtype, scale, self.group)
@@ -368,10 +356,6 @@ class _Returns:
         if incoming is not None:
             self.k_grads[chunk] += incoming
         self.pending = [], None, 0, None
-
-
-def _working(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _cut(x: Tensor, span: slice) -> Tensor:

@@ -6,14 +6,15 @@ made of visits; `triton_visit` has them as kernels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .torch_backend import logits_budget
+from .torch_backend import Operands, logits_budget
 
 _LOG2_E = 1.4426950408889634
 _LN2 = 0.6931471805599453
@@ -97,6 +98,22 @@ def _lowered(state: State, m_s: Tensor, m_t: Tensor) -> tuple[Tensor, Tensor, Te
     return state.l_s * fall_s.exp2(), state.l_t * shrink, a
 
 
+def working(x: Tensor) -> torch.dtype:
+    """The type in which states and gradients of x are kept."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def exactly(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Of a backend's method: without autograd, and in the precision written down, as the torch backend computes."""
+
+    @functools.wraps(function)
+    def wrapped(self: Any, operands: Operands, *arguments: Any) -> Any:
+        with torch.no_grad(), torch.autocast(operands.student_q.device.type, enabled=False):
+            return function(self, operands, *arguments)
+
+    return wrapped
+
+
 def own_logits(q: Tensor, k: Tensor, scale: float, ids: Tensor | None) -> Tensor:
     """Each row's logit with its own key, times log2 e: the pivot to begin with; [B, H, T], 0 for padding.
 
@@ -106,7 +123,7 @@ def own_logits(q: Tensor, k: Tensor, scale: float, ids: Tensor | None) -> Tensor
         scale: softmax_scale.
         ids: [B, T] or None.
     """
-    kind = torch.promote_types(q.dtype, torch.float32)
+    kind = working(q)
     if q is k:
         found = torch.linalg.vector_norm(q, dim=-1, dtype=kind).square_()
     else:
@@ -186,7 +203,7 @@ def _logits(visit: Visit, part: slice, scale: float) -> tuple[Tensor, Tensor, Te
     """Student's and teacher's logits [B, H, rows, N], times log2 e, and which are visible, or None for all."""
 
     def product(q: Tensor, k: Tensor) -> Tensor:
-        q = q[:, :, part].to(torch.promote_types(q.dtype, torch.float32)) * (scale * _LOG2_E)
+        q = q[:, :, part].to(working(q)) * (scale * _LOG2_E)
         batch, heads, rows, dim = q.shape
         return (q.reshape(batch, k.shape[1], -1, dim) @ k.to(q.dtype).mT).view(batch, heads, rows, -1)
 

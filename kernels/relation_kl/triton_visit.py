@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import triton
 from torch import Tensor
 
+from .launch import launch
 from .segment_kernels import tile_bounds
 from .tiles import HOPPER_ROWS, Pipeline
 from .torch_backend import Operands
@@ -75,8 +75,8 @@ def forward(visit: Visit, scale: float, pivots: tuple[Tensor, Tensor]) -> State:
         m_s, m_t = torch.empty_like(l_s), torch.empty_like(l_s)
         tile = tiles_of(q).forward
         segments = places.bounds(tile.block_m, tile.block_n)
-        grid = (-(-q.shape[2] // tile.block_m) * q.shape[0] * q.shape[1],)
-        _launch(forward_kernel, grid, visit, places, scale, segments, tile, (a, m_s, m_t, l_s, l_t), ())
+        programs = -(-q.shape[2] // tile.block_m) * q.shape[0] * q.shape[1]
+        _launch(forward_kernel, programs, visit, places, scale, segments, tile, (a, m_s, m_t, l_s, l_t), ())
         return State(m_s, m_t, l_s, l_t, a)
 
     from . import hopper_backend
@@ -89,8 +89,7 @@ def forward(visit: Visit, scale: float, pivots: tuple[Tensor, Tensor]) -> State:
     tile = replace(tiles_of(q).forward, block_m=HOPPER_ROWS)
     count = flags.numel() // 2
     outputs = flags, a, m_s, m_t, l_s, l_t
-    grid = (min(count, PROGRAMS_AGAIN),)
-    _launch(forward_again_kernel, grid, visit, places, scale, segments, tile, outputs, (count,))
+    _launch(forward_again_kernel, min(count, PROGRAMS_AGAIN), visit, places, scale, segments, tile, outputs, (count,))
     return State(m_s, m_t, l_s, l_t, a)
 
 
@@ -139,9 +138,10 @@ def backward(
     ):
         x, y = own[0], others[0]
         group = x.shape[1] // y.shape[1] if below else y.shape[1] // x.shape[1]
-        kernel: Any = backward_kernel[(triton.cdiv(x.shape[2], tile.block_m) * x.shape[0] * x.shape[1],)]
         with on_device_of(x):
-            kernel(
+            launch(
+                backward_kernel,
+                -(-x.shape[2] // tile.block_m) * x.shape[0] * x.shape[1],
                 *own,
                 *others,
                 *(z.stride() for z in (*own, *others)),
@@ -163,7 +163,7 @@ def backward(
 
 def _launch(
     kernel: Any,
-    grid: tuple[int],
+    programs: int,
     visit: Visit,
     places: Places,
     scale: float,
@@ -176,7 +176,9 @@ def _launch(
     q = visit.q_s
     operands = Operands(q, visit.k_s, visit.q_t, visit.k_t, False)
     with on_device_of(q):
-        kernel[grid](
+        launch(
+            kernel,
+            programs,
             *tensors_and_strides(operands),
             *(segments or (q, q)),
             *outputs,
