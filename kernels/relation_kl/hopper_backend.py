@@ -10,10 +10,10 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .hopper_backward import backward_kernel
+from .hopper_backward import backward_kernel, finish_kernel
 from .hopper_forward import forward_kernel
 from .launch import launch
-from .tiles import HOPPER_ROWS, Pipeline, divide_last_wave
+from .tiles import HOPPER_ROWS, Pipeline, divide_last_wave, grid
 from .torch_backend import Operands
 from .torch_visit import Visit
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .triton_visit import Places
 
 _LOG2_E = 1.4426950408889634
-_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
+_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _HALF = HOPPER_ROWS // 2
 # Programs have 4 warps to begin with; the kernels call for the others. Fused multiply-adds do no harm here: those
 # whose rounding matters are written out, and what must cancel is computed alike for student and teacher.
@@ -58,7 +58,7 @@ def forward(
     names, bounds = segments or (flags, flags)
     launch(
         forward_kernel,
-        tiles * batch * heads,
+        grid(tiles, batch * heads, _multiprocessors(q.device)),
         *_descriptors(operands, pipeline),
         names,
         bounds,
@@ -109,12 +109,12 @@ def backward(
     q, k = operands.student_q, operands.student_k
     batch, heads, seq_len, channels = q.shape
     tiles = -(-seq_len // HOPPER_ROWS)
-    key_grad = torch.zeros(k.shape, dtype=torch.float32, device=k.device)
+    key_grad = torch.zeros(gradient_shape(k, pipeline), dtype=torch.float32, device=k.device)
     grad = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     names, bounds = segments or (sum_s, sum_s)
     launch(
         backward_kernel,
-        tiles * batch * heads,
+        grid(tiles, batch * heads, _multiprocessors(q.device)),
         *_descriptors(operands, pipeline),
         names,
         bounds,
@@ -124,7 +124,7 @@ def backward(
         sum_t,
         row_grad,
         sum_s if unit is None else unit,
-        _descriptor(key_grad, _HALF, pipeline.block_d // 2),
+        _gradient_descriptor(key_grad, pipeline),
         grad,
         heads,
         heads // k.shape[1],
@@ -140,10 +140,36 @@ def backward(
         **{"SELF": operands.self_relation, "NARROW": unit is not None, "VISIT": False},
         **_OPTIONS,
     )
-    factor = softmax_scale if unit is None else unit * softmax_scale
     if operands.self_relation:
-        return torch.mul(key_grad, factor, out=grad), None
-    return grad, torch.mul(key_grad, factor, out=torch.empty(k.shape, dtype=k.dtype, device=k.device))
+        finish(key_grad, softmax_scale, unit, pipeline, grad)
+        return grad, None
+    of_keys = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    finish(key_grad, softmax_scale, unit, pipeline, of_keys)
+    return grad, of_keys
+
+
+def gradient_shape(x: Tensor, pipeline: Pipeline) -> tuple[int, ...]:
+    """Of the float32 buffer in which the gradient of x [B, H, T, D] is added up, in register order; zero at first."""
+    batch, heads, tokens, _ = x.shape
+    return batch, heads, -(-tokens // _HALF) * (pipeline.block_d // 4), 256
+
+
+def finish(grad: Tensor, factor: float, unit: Tensor | None, pipeline: Pipeline, out: Tensor) -> None:
+    """Writes factor (times unit[0]) times a gradient in register order to out [B, H, T, D]."""
+    batch, heads, tokens, channels = out.shape
+    launch(
+        finish_kernel,
+        -(-tokens // _HALF) * batch * heads,
+        grad,
+        grad if unit is None else unit,
+        out,
+        heads,
+        tokens,
+        out.stride(),
+        factor,
+        **{"channels": channels, "D": pipeline.block_d, "NARROW": unit is not None},
+        num_warps=4,
+    )
 
 
 def forward_visit(
@@ -172,7 +198,7 @@ def forward_visit(
     flags = torch.empty(batch, heads, tiles, 2, dtype=torch.int32, device=a.device)
     launch(
         forward_kernel,
-        tiles * batch * heads,
+        grid(tiles, batch * heads, _multiprocessors(a.device)),
         *_descriptors(Operands(visit.q_s, visit.k_s, visit.q_t, visit.k_t, False), pipeline),
         *(segments or (flags, flags)),
         a,
@@ -204,7 +230,7 @@ def backward_visit(
     q_grad: Tensor,
     k_grad: Tensor,
 ) -> None:
-    """What `triton_visit.backward` asks for: adds to q_grad and k_grad, float32 and contiguous, in no fixed order.
+    """What `triton_visit.backward` asks for: adds to q_grad and k_grad, in no fixed order.
 
     Args:
         visit: as for `forward_visit`.
@@ -214,8 +240,8 @@ def backward_visit(
         segments: as for `forward_visit`.
         statistics: m_s, m_t, l_s, l_t, float32 [B, H, R], contiguous.
         row_grad: float32 [B, H, R], contiguous.
-        q_grad: [B, H, R, D].
-        k_grad: [B, key heads, N, D].
+        q_grad: of the rows, in register order (`gradient_shape`).
+        k_grad: of the keys, in register order.
     """
     batch, heads, rows, channels = visit.q_s.shape
     tiles = -(-rows // HOPPER_ROWS) * batch * heads
@@ -230,8 +256,8 @@ def backward_visit(
         *statistics,
         row_grad,
         row_grad,
-        _descriptor(k_grad, _HALF, pipeline.block_d // 2),
-        _descriptor(q_grad, _HALF, pipeline.block_d // 2),
+        _gradient_descriptor(k_grad, pipeline),
+        _gradient_descriptor(q_grad, pipeline),
         heads,
         heads // visit.k_s.shape[1],
         places.seq_len,
@@ -266,6 +292,11 @@ def _descriptors(operands: Operands, pipeline: Pipeline) -> tuple[TensorDescript
     )
 
 
+def _gradient_descriptor(grad: Tensor, pipeline: Pipeline) -> TensorDescriptor:
+    """Of a gradient in register order in blocks of half of the channels of 64 tokens."""
+    return _descriptor(grad, pipeline.block_d // 8, 256)
+
+
 def _descriptor(x: Tensor, tokens: int, channels: int) -> TensorDescriptor:
     """Of x [B, H, T, D] in blocks [1, 1, tokens, channels]; what lies beyond T and D reads as 0."""
     blank = _blank_descriptor(x.shape, x.stride(), x.dtype, tokens, channels)
@@ -282,7 +313,10 @@ def _blank_descriptor(
     block = [1, 1, tokens, channels]
     # The stride of a dimension of 1 is never used, but TMA wants it at a multiple of 16 bytes too.
     outer = [stride if size > 1 else 64 for size, stride in zip(shape[:3], strides[:3], strict=True)]
-    layout: Any = gl.NVMMASharedLayout.get_default_for(block, _TYPES[dtype])
+    if dtype == torch.float32:  # in register order: what is neighbouring stays so
+        layout: Any = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=4)
+    else:
+        layout = gl.NVMMASharedLayout.get_default_for(block, _TYPES[dtype])
     return TensorDescriptor(torch.empty(0, dtype=dtype), list(shape), [*outer, 1], block, layout)
 
 

@@ -1,4 +1,10 @@
-"""The Hopper backward kernel; see hopper_common.py for what it shares with the forward kernel."""
+"""The Hopper backward kernel; see hopper_common.py for what it shares with the forward kernel.
+
+Gradients that several programs add to are float32 in register order: 64 tokens lie as the 128 threads of a warpgroup
+hold them, [2, D / 16, 128, 4], which is half of the channels, 8 of its channels, a thread, and this thread's 2 x 2
+numbers of tokens r and r + 8 and of neighbouring channels. So each thread puts 16 bytes beside those of the thread
+before it into shared memory, and TMA reads 16 KiB in a row. `finish_kernel` brings them into order.
+"""
 
 # What the decorators make of these functions is not what pyright reads.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -7,6 +13,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import triton
+import triton.language as tl
 from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -31,16 +39,19 @@ def _reduce_add(descriptor, coordinates, source, _semantic: Any = None):
 
 
 @gluon.jit
-def _halves(x):
-    """[R, C] -> its left and its right [R, C / 2]."""
-    return x.reshape([x.shape[0], 2, x.shape[1] // 2]).permute(0, 2, 1).split()
+def _in_register_order(x):
+    """An accumulator [64, D] as its two halves of channels [D / 8, 256] in register order."""
+    D: gl.constexpr = x.shape[1]
+    # [warp, r or r + 8, row, half, 8 channels, pair, channel]
+    x = x.reshape([4, 2, 8, 2, D // 16, 4, 2]).permute(3, 4, 0, 2, 5, 1, 6)
+    return x.reshape([2, D // 8, 256]).permute(1, 2, 0).split()
 
 
 @gluon.jit
 def _clear_padding(tile, segments, start, seq_len):
-    """Set the rows of padding of a tile [64, D] in shared memory to 0: they may hold anything, NaN included."""
+    """Set the tokens of padding of a tile [R, D] in shared memory to 0: they may hold anything, NaN included."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    names = names_of(segments, start + gl.arange(0, HALF_ROWS, gl.SliceLayout(1, LAYOUT)), seq_len)
+    names = names_of(segments, start + gl.arange(0, tile.shape[0], gl.SliceLayout(1, LAYOUT)), seq_len)
     if gl.min(names, 0) < 0:
         x = tile.load(LAYOUT)
         tile.store(gl.where((names >= 0)[:, None], x, gl.zeros_like(x)))
@@ -48,16 +59,23 @@ def _clear_padding(tile, segments, start, seq_len):
 
 
 @gluon.jit
-def _mask_weights(
-    weights, segments, row_start, key_start, seq_len, keys_end, SEGMENTS: gl.constexpr, VISIT: gl.constexpr
+def _without_invisible(
+    w, room, segments, row_start, key_start, seq_len, keys_end, SEGMENTS: gl.constexpr, VISIT: gl.constexpr
 ):  # fmt: skip
-    """Set those of invisible pairs to 0, in shared memory, where it takes no registers from the loop around it."""
+    """The weights w [64, N] with those of invisible pairs set to 0, in shared memory (room): with masks in registers,
+    ptxas spills others in the loop around it."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    rows = row_start + gl.arange(0, weights.shape[0], gl.SliceLayout(1, LAYOUT))
-    keys = key_start + gl.arange(0, weights.shape[1], gl.SliceLayout(0, LAYOUT))
-    w = weights.load(LAYOUT)
+    tma.store_wait(0)  # what lay there before is on its way
+    barrier()
+    room.store(w)
+    barrier()
+    rows = row_start + gl.arange(0, w.shape[0], gl.SliceLayout(1, LAYOUT))
+    keys = key_start + gl.arange(0, w.shape[1], gl.SliceLayout(0, LAYOUT))
+    x = room.load(LAYOUT)
     visible = visible_pairs(segments, rows, keys, seq_len, keys_end, SEGMENTS, VISIT)
-    weights.store(gl.where(visible, w, gl.zeros_like(w)))
+    room.store(gl.where(visible, x, gl.zeros_like(x)))
+    barrier()
+    return room.load(w.type.layout)
 
 
 @gluon.jit
@@ -88,13 +106,21 @@ def _backward_fetch(
 
 
 @gluon.jit
-def _stage(x, left, right):
-    """Put a tile [64, D] of a gradient into two buffers of shared memory, from where TMA adds it up."""
-    first, second = _halves(x)
-    left.reshape([HALF_ROWS, x.shape[1] // 2]).store(first)
-    right.reshape([HALF_ROWS, x.shape[1] // 2]).store(second)
+def _add_up(x, descriptor, batch, head, block, left, right):
+    """Add 64 tokens [64, D] to a gradient in register order; left and right are buffers for half of it each."""
+    D: gl.constexpr = x.shape[1]
+    first, second = _in_register_order(x)
+    left.reshape([D // 8, 256]).store(first)
+    right.reshape([D // 8, 256]).store(second)
+    _send(descriptor, batch, head, block, left, right, D)
+
+
+@gluon.jit
+def _send(descriptor, batch, head, block, left, right, D: gl.constexpr):
     fence_async_shared()
     barrier()
+    _reduce_add(descriptor, [batch, head, block * (D // 4), 0], left)
+    _reduce_add(descriptor, [batch, head, block * (D // 4) + D // 8, 0], right)
 
 
 @gluon.jit
@@ -112,6 +138,7 @@ def _backward_rows(
     mma_d: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     OF_ROWS: gl.constexpr = gl.SliceLayout(1, mma)
     OF_KEYS: gl.constexpr = gl.SliceLayout(0, mma)
+    OF_PRODUCT: gl.constexpr = gl.DotOperandLayout(0, mma_d, 2)
     start = tile_start + HALF * HALF_ROWS
     rows = start + gl.arange(0, HALF_ROWS, OF_ROWS)
     live = rows < seq_len
@@ -164,51 +191,49 @@ def _backward_rows(
         # loop, more than there are registers for, where a few additions make them anew.
         fresh = j >> 30
         e_t = gl.exp2(exponent(t, log2_scale, m_t))
-        w = gl.fma(e_s, gl.zeros_like(e_s) + r[:, None], -e_t) * (gl.zeros_like(e_s) + g[:, None])
-        masked = (turned == 0) | (turned >= full)
+        w = (gl.fma(e_s, gl.zeros_like(e_s) + r[:, None], -e_t) * (gl.zeros_like(e_s) + g[:, None])).to(dtype)
+        y = ring_s.index(slot).reshape([N, D])
+        if (turned == 0) | (turned >= full):
+            if SEGMENTS:
+                # Both warpgroups do it: neither needs to wait for the other then.
+                _clear_padding(y, segments + fresh, key_start, seq_len)
+            w = _without_invisible(
+                w, weights.index(HALF + fresh), segments + fresh, start + fresh, key_start, seq_len, keys_end,
+                SEGMENTS, VISIT,
+            )  # fmt: skip
+        # The rows' gradient takes the weights from registers, while they are on their way to the other warpgroup.
+        acc = warpgroup_mma(gl.convert_layout(w, OF_PRODUCT), y, acc, is_async=True)
         # The last gradients on their way out have left the buffers, one of which is the weights'.
         tma.store_wait(0)
         barrier()
-        weights.index(HALF).store(w.to(dtype))
-        if masked:
-            _mask_weights(
-                weights.index(HALF + fresh), segments + fresh, start + fresh, key_start, seq_len, keys_end,
-                SEGMENTS, VISIT,
-            )  # fmt: skip
-            if SEGMENTS:
-                mine = ring_s.index(slot).reshape([N, D]).slice(HALF * (N // 2), N // 2, dim=0)
-                _clear_padding(mine, segments + fresh, key_start + HALF * (N // 2), seq_len)
+        weights.index(HALF).store(w)
         fence_async_shared()
         mbarrier.arrive(weights_ready)
-        if SEGMENTS:
-            # The other half of the keys is clear of padding by then.
-            mbarrier.wait(weights_ready, j & 1, pred=masked)
-        y = ring_s.index(slot).reshape([N, D])
-        acc = warpgroup_mma(weights.index(HALF + fresh), y, acc, is_async=True)
         mbarrier.wait(ready_s.index(following), ((j + 1) // 2) & 1, pred=j + 1 < count)
         x = own_s.index(HALF + fresh).reshape([HALF_ROWS, D])
         y = ring_s.index(following).reshape([N, D])
         s = logits(x, y, none, K)
         mbarrier.wait(weights_ready, j & 1)
+        # The rows' gradient is done: there are registers for the keys'.
+        acc = warpgroup_mma_wait(1 if K == D else 2, deps=[acc])
         x = weights.index(fresh).slice(HALF * (N // 2), N // 2, dim=1).permute([1, 0])
         y = own_s.index(fresh).reshape([HALF_ROWS, D])
         out = warpgroup_mma(x, y, none_d, use_acc=False, is_async=True)
         x = weights.index(1 + fresh).slice(HALF * (N // 2), N // 2, dim=1).permute([1, 0])
         y = own_s.index(1 + fresh).reshape([HALF_ROWS, D])
         out = warpgroup_mma(x, y, out, is_async=True)
-        acc, s = warpgroup_mma_wait(2, deps=[acc, s])
-        mbarrier.arrive(free_s.index(slot))
-        # beside the products of the keys' gradient
+        s = warpgroup_mma_wait(2, deps=[s])
         e_s = gl.exp2(exponent(s, log2_scale, m_s))
         out = warpgroup_mma_wait(0, deps=[out])
+        mbarrier.arrive(free_s.index(slot))
         mbarrier.arrive(weights_free)
-        # Both warpgroups are through with these weights: their room takes half of the gradient.
+        first, second = _in_register_order(out)
+        stage.index(HALF).reshape([D // 8, 256]).store(first)
+        # Both warpgroups are through with these weights: their room takes the other half of the gradient.
         mbarrier.wait(weights_free, j & 1)
-        spare = weights.index(HALF)._reinterpret(gl.float32, [1, 1, HALF_ROWS, D // 2], key_grad.layout)
-        _stage(out, stage.index(HALF), spare)
-        key = key_start + HALF * (N // 2)
-        _reduce_add(key_grad, [batch, key_head, key, 0], stage.index(HALF))
-        _reduce_add(key_grad, [batch, key_head, key, D // 2], spare)
+        spare = weights.index(HALF)._reinterpret(gl.float32, [1, 1, D // 8, 256], key_grad.layout)
+        spare.reshape([D // 8, 256]).store(second)
+        _send(key_grad, batch, key_head, key_start // HALF_ROWS + HALF, stage.index(HALF), spare, D)
         mbarrier.wait(ready_t, (j + 1) & 1, pred=j + 1 < count)
         x = own_t.index(HALF + fresh).reshape([HALF_ROWS, D])
         y = ring_t.index(fresh).reshape([N, D])
@@ -218,17 +243,12 @@ def _backward_rows(
 
     tma.store_wait(0)
     barrier()
+    spare = weights.index(HALF)._reinterpret(gl.float32, [1, 1, D // 8, 256], key_grad.layout)
     if VISIT:
-        spare = weights.index(HALF)._reinterpret(gl.float32, [1, 1, HALF_ROWS, D // 2], key_grad.layout)
-        _stage(acc, stage.index(HALF), spare)
-        _reduce_add(grad, [batch, head, start - first_row, 0], stage.index(HALF))
-        _reduce_add(grad, [batch, head, start - first_row, D // 2], spare)
+        _add_up(acc, grad, batch, head, (start - first_row) // HALF_ROWS, stage.index(HALF), spare)
         tma.store_wait(0)
     elif SELF:
-        spare = weights.index(HALF)._reinterpret(gl.float32, [1, 1, HALF_ROWS, D // 2], key_grad.layout)
-        _stage(acc, stage.index(HALF), spare)
-        _reduce_add(key_grad, [batch, key_head, start, 0], stage.index(HALF))
-        _reduce_add(key_grad, [batch, key_head, start, D // 2], spare)
+        _add_up(acc, key_grad, batch, key_head, start // HALF_ROWS, stage.index(HALF), spare)
         tma.store_wait(0)
     else:
         factor = softmax_scale
@@ -251,23 +271,26 @@ def backward_kernel(
 ):  # fmt: skip
     """Each tile of S once: W = g (Ps - Pt), then W k for the rows and W' q for the keys.
 
-    key_grad is a descriptor of float32 [B, key heads, T, channels], zero at first, in blocks [1, 1, 64, D / 2]: the
-    keys' gradient is added up there, not multiplied by softmax_scale, in no fixed order. With SELF the rows' is
-    too; else it goes to grad [B, H, T, channels], finished. With NARROW, row_grad is in units of unit[0].
+    key_grad is a descriptor of float32 [B, key heads, T / 64 * D / 4, 256] in register order, zero at first, in blocks
+    [1, 1, D / 8, 256]: the keys' gradient is added up there, not multiplied by softmax_scale, in no fixed order. With
+    SELF the rows' is too; else it goes to grad [B, H, T, channels], finished. With NARROW, row_grad is in units of
+    unit[0]. The grid is `tiles.grid`'s.
 
-    In a visit grad is a descriptor like key_grad, of the rows, to which theirs is added; unit is not looked at. Of row
-    tiles in the order of programs, those behind the first `whole` have `parts` programs each, which divide their keys.
-    Pivots, first_row, keys_end, whole and parts are for visits only.
+    In a visit grad is a descriptor like key_grad, of the rows, to which theirs is added; unit is not looked at. The
+    grid has one dimension there. Of row tiles in the order of programs, those behind the first `whole` have `parts`
+    programs each, which divide their keys. Pivots, first_row, keys_end, whole and parts are for visits only.
     """
     dtype: gl.constexpr = q_s.dtype
     tiles = gl.cdiv(seq_len, ROWS)
-    own_tiles = tiles
-    number = gl.program_id(0)
     if VISIT:
         own_tiles = tiles - first_row // ROWS
+        number = gl.program_id(0)
         number = gl.where(number < whole, number, whole + (number - whole) // parts)
-    tile = tiles - 1 - number % own_tiles
-    sequence = number // own_tiles
+        tile = tiles - 1 - number % own_tiles
+        sequence = number // own_tiles
+    else:
+        tile = tiles - 1 - gl.program_id(1)
+        sequence = gl.program_id(2) * gl.num_programs(0) + gl.program_id(0)
     batch = sequence // heads
     head = sequence % heads
     key_head = head // group
@@ -289,7 +312,7 @@ def backward_kernel(
     ring_t = gl.allocate_shared_memory(dtype, [1, 1, 1, N, D], k_t.layout)
     weights_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF_ROWS, N], dtype)
     weights = gl.allocate_shared_memory(dtype, [2, HALF_ROWS, N], weights_layout)
-    stage = gl.allocate_shared_memory(gl.float32, [2, 1, 1, HALF_ROWS, D // 2], key_grad.layout)
+    stage = gl.allocate_shared_memory(gl.float32, [2, 1, 1, D // 8, 256], key_grad.layout)
     own_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     ready_s = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     free_s = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -333,3 +356,26 @@ def backward_kernel(
         [4, 1],
         [240, 24],
     )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["heads", "tokens"])
+def finish_kernel(
+    grad, unit, out, heads, tokens, out_strides, factor, channels: tl.constexpr, D: tl.constexpr, NARROW: tl.constexpr
+):  # fmt: skip
+    """out [B, H, T, channels] = factor * a gradient in register order; with NARROW times unit[0].
+
+    One program for 64 tokens of a head: block + T / 64 * sequence.
+    """
+    blocks = tl.cdiv(tokens, 64)
+    sequence = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    x = tl.load(grad + tl.program_id(0).to(tl.int64) * 64 * D + tl.arange(0, 64 * D))
+    if NARROW:
+        factor *= tl.load(unit)
+    # [half, 8 channels, warp, row, pair, r or r + 8, channel]
+    x = (x * factor).reshape([2, D // 16, 4, 8, 4, 2, 2]).permute(2, 5, 3, 0, 1, 4, 6).reshape([64, D])
+    rows = block * 64 + tl.arange(0, 64)
+    columns = tl.arange(0, D)
+    out += (sequence // heads).to(tl.int64) * out_strides[0] + (sequence % heads).to(tl.int64) * out_strides[1]
+    pointers = out + rows.to(tl.int64)[:, None] * out_strides[2] + columns[None, :] * out_strides[3]
+    tl.store(pointers, x.to(out.dtype.element_ty), mask=(rows < tokens)[:, None] & (columns < channels)[None, :])

@@ -202,16 +202,14 @@ def forward_kernel(
     q and k are descriptors of [B, H, T, channels] in blocks [1, 1, 64, D] and [1, 1, N, D], of which K channels are
     used; kl float32 [B, H, T], the sums too (see `triton_kernels.relative_sum`); flags int32 [B, H, row tiles, 2];
     bounds from `segment_kernels.tile_bounds(ids, 128, N)`. In a visit kl is a, the sums are themselves, and relative to
-    the pivots (`torch_visit.State`); otherwise pivots, first_row and keys_end are not looked at.
+    the pivots (`torch_visit.State`); otherwise pivots, first_row and keys_end are not looked at. The grid is
+    `tiles.grid`'s.
     """
     dtype: gl.constexpr = q_s.dtype
     tiles = gl.cdiv(seq_len, ROWS)
-    own_tiles = tiles
-    if VISIT:
-        own_tiles = tiles - first_row // ROWS
     # The last row tiles have the most keys: they go first, so that none is left running alone at the end.
-    tile = tiles - 1 - gl.program_id(0) % own_tiles
-    sequence = gl.program_id(0) // own_tiles
+    tile = tiles - 1 - gl.program_id(1)
+    sequence = gl.program_id(2) * gl.num_programs(0) + gl.program_id(0)
     batch = sequence // heads
     head = sequence % heads
     start = tile * ROWS
@@ -237,6 +235,7 @@ def forward_kernel(
         tma.async_copy_global_to_shared(q_s, [batch, head, own + i * HALF_ROWS, 0], own_ready, own_s.index(i))
         tma.async_copy_global_to_shared(q_t, [batch, head, own + i * HALF_ROWS, 0], own_ready, own_t.index(i))
 
+    own_tiles = gl.num_programs(1)
     flags += (sequence * own_tiles + tile - (tiles - own_tiles)) * 2
     gl.warp_specialize(
         [

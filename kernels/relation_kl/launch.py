@@ -31,25 +31,26 @@ if _KNOWN:
 _compiled: dict[Any, tuple[CompiledKernel, tuple[Any, ...]]] = {}
 
 
-def launch(kernel: Any, programs: int, /, *arguments: Any, **constants: Any) -> None:
-    """As `kernel[(programs,)](*arguments, **constants)`, on the current device and stream.
+def launch(kernel: Any, programs: int | tuple[int, int, int], /, *arguments: Any, **constants: Any) -> None:
+    """As `kernel[grid](*arguments, **constants)`, on the current device and stream.
 
     Args:
         kernel: from `triton.jit` or `gluon.jit`.
-        programs: the size of the one-dimensional grid.
+        programs: the size of a one-dimensional grid, or those of all three dimensions.
         arguments: all that are no constexprs, which come after them: tensors, TMA descriptors, numbers, and tuples of
             integers.
         constants: the constexprs, and the compiler's options; hashable.
     """
+    grid = (programs, 1, 1) if isinstance(programs, int) else programs
     if not _nothing_hooks_in(kernel):
-        kernel[(programs,)](*arguments, **constants)
+        kernel[grid](*arguments, **constants)
         return
     active: Any = driver.active
     device = active.get_current_device()
     key = kernel.fn, device, *constants.items(), *map(_kind, arguments)
     found = _compiled.get(key)
     if found is None:
-        compiled = kernel[(programs,)](*arguments, **constants)
+        compiled = kernel[grid](*arguments, **constants)
         # There is none where a test stands in for the compiler.
         if isinstance(compiled, CompiledKernel):
             first, last = kernel.params[: len(arguments)], kernel.params[len(arguments) :]
@@ -60,7 +61,7 @@ def launch(kernel: Any, programs: int, /, *arguments: Any, **constants: Any) -> 
     stream = active.get_current_stream(device)
     hooks = None, None, None
     run: Any = compiled.run
-    run(programs, 1, 1, stream, compiled.function, compiled.packed_metadata, *hooks, *arguments, *constexprs)
+    run(*grid, stream, compiled.function, compiled.packed_metadata, *hooks, *arguments, *constexprs)
 
 
 def _nothing_hooks_in(kernel: Any) -> bool:

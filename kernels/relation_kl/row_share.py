@@ -81,19 +81,20 @@ class RowShare:
             real = torch.stack([chunks.ids[chunk] for chunk in self.own]) >= 0
             upstream = torch.where(real[:, :, None], upstream, 0.0)
         upstream, unit = self.visits.prepare(upstream, chunks.x_s.dtype, softmax_scale, None)
-        total = torch.zeros(chunks.x_s.shape, dtype=kind, device=chunks.x_s.device)
+        shape = self.visits.gradient_shape(chunks.x_s[0])
+        total = torch.zeros(len(chunks.x_s), *shape, dtype=kind, device=chunks.x_s.device)
         for pairs, visit in self._visits(chunks):
             *of_rows, g = (torch.cat([x[self.own.index(row)] for row, _ in pairs]) for x in (*statistics, upstream))
-            q_grad = torch.zeros(visit.q_s.shape, dtype=kind, device=total.device)
+            q_grad = torch.zeros(self.visits.gradient_shape(visit.q_s), dtype=kind, device=total.device)
             k_grad = q_grad if visit.diagonal else torch.zeros_like(q_grad)
             self.visits.backward(visit, softmax_scale, of_rows, g, q_grad, k_grad)
             for (row, key), x, y in zip(pairs, q_grad.chunk(len(pairs)), k_grad.chunk(len(pairs)), strict=True):
                 total[row] += x
                 if key != row:
                     total[key] += y
-        if unit is not None:
-            total.mul_(unit)
-        return _whole(total, operands).to(chunks.x_s.dtype), None
+        grad = torch.empty(chunks.x_s.shape, dtype=chunks.x_s.dtype, device=total.device)
+        self.visits.finish(total.flatten(0, 1), unit, grad.flatten(0, 1))
+        return _whole(grad, operands), None
 
     def value_and_grad(
         self, operands: Operands, softmax_scale: float, segment_ids: Tensor | None, row_grad: Tensor

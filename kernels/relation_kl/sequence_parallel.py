@@ -162,7 +162,11 @@ class SequenceParallel:
             if keys is not None:
                 visit_all(keys, chunk, [*job.foreign, *job.own])
                 keys.clear()
-        found, works = self._start_return(plan, {each.chunk: states[each.chunk].rows(each.ids) for each in job.rows})
+        results = {each.chunk: states[each.chunk].rows(each.ids) for each in job.rows}
+        spans = {chunk: plan.span(chunk) for chunk in plan.own}
+        heads = operands.student_q.shape[:2]
+        shapes = {chunk: (*heads, span.stop - span.start) for chunk, span in spans.items()}
+        found, works = self._start_return(plan, results, shapes)
         _wait(works)
         values = torch.cat([found[chunk] for chunk in plan.own], 2)
         statistics = zip(*(states[each.chunk].statistics() for each in job.rows), strict=True)
@@ -172,11 +176,14 @@ class SequenceParallel:
         self, job: _Job, operands: Operands, scale: float, statistics: Sequence[Tensor], unit: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         plan, q, k = job.plan, operands.student_q, operands.student_k
-        kind = working(q)
+
+        def nothing_yet(x: Tensor) -> Tensor:
+            return torch.zeros(self.visits.gradient_shape(x), dtype=working(x), device=x.device)
+
         chunks = plan.rows[plan.rank]
         lengths = [plan.span(chunk).stop - plan.span(chunk).start for chunk in chunks]
         of_rows = dict(zip(chunks, zip(*(x.split(lengths, 2) for x in statistics), strict=True), strict=True))
-        k_grads = {chunk: torch.zeros_like(job.keys[chunk][0], dtype=kind) for chunk in plan.own}
+        k_grads = {chunk: nothing_yet(job.keys[chunk][0]) for chunk in plan.own}
         q_grads: dict[int, Tensor] = {}
 
         def visit_all(keys: Chunk, chunk: int, rows: Sequence[_Rows], k_grad: Tensor) -> None:
@@ -192,18 +199,19 @@ class SequenceParallel:
             for each in rows:
                 # Of a self-relation the sum is wanted.
                 shared = operands.self_relation and each.chunk in k_grads
-                q_grads[each.chunk] = k_grads[each.chunk] if shared else torch.zeros_like(each.q_s, dtype=kind)
+                q_grads[each.chunk] = k_grads[each.chunk] if shared else nothing_yet(each.q_s)
             for chunk in plan.own:
                 visit_all(job.keys[chunk], chunk, rows, k_grads[chunk])
         returns = _Returns(self, plan, k_grads)
         returned: tuple[dict[int, Tensor], list[Any]] = {}, []
         for step, chunk, keys in stream:
-            found = None if keys is None else torch.zeros_like(keys[0], dtype=kind)
+            found = None if keys is None else nothing_yet(keys[0])
             if keys is not None and found is not None:
                 visit_all(keys, chunk, job.foreign, found)
             if step == plan.steps[-1]:
                 # The foreign rows are done; this rank's own visit is still to come.
-                returned = self._start_return(plan, q_grads)
+                shapes = {chunk: self.visits.gradient_shape(q[:, :, plan.span(chunk)]) for chunk in plan.own}
+                returned = self._start_return(plan, q_grads, shapes)
             if keys is not None and found is not None:
                 visit_all(keys, chunk, job.own, found)
                 keys.clear()
@@ -215,13 +223,11 @@ class SequenceParallel:
         of_keys = None if operands.self_relation else torch.empty(k.shape, dtype=k.dtype, device=k.device)
         for chunk in plan.own:
             span, q_grad, k_grad = plan.span(chunk), of_queries[chunk], k_grads[chunk]
-            if unit is not None:
-                for x in (k_grad,) if q_grad is k_grad else (q_grad, k_grad):
-                    x.mul_(unit)
-            if of_keys is None:
-                grad[:, :, span] = k_grad if q_grad is k_grad else k_grad.add_(q_grad)
-            else:
-                grad[:, :, span], of_keys[:, :, span] = q_grad, k_grad
+            if of_keys is not None:
+                self.visits.finish(k_grad, unit, of_keys[:, :, span])
+            elif q_grad is not k_grad:
+                q_grad += k_grad
+            self.visits.finish(q_grad, unit, grad[:, :, span])
         return grad, of_keys
 
     def _pivots(self, operands: Operands, scale: float, segment_ids: Tensor | None) -> list[Tensor]:
@@ -262,18 +268,18 @@ class SequenceParallel:
         foreign = [named(chunk, x) for chunk, x in found.items() if chunk not in plan.own]
         return _Job(plan, keys, own, foreign, works)
 
-    def _start_return(self, plan: Plan, results: dict[int, Tensor]) -> tuple[dict[int, Tensor], list[Any]]:
-        """Sends the results of rows to their owners; own chunk -> its result, once the works are waited for."""
+    def _start_return(
+        self, plan: Plan, results: dict[int, Tensor], shapes: dict[int, tuple[int, ...]]
+    ) -> tuple[dict[int, Tensor], list[Any]]:
+        """Sends the results of rows to their owners; own chunk -> its result, once the works are waited for.
+
+        `shapes` are those of this rank's chunks' results.
+        """
         parts = {chunk: [x] for chunk, x in results.items()}
         example = next(iter(results.values()))
-        shapes = {}
-        for chunk in plan.own:
-            span = plan.span(chunk)
-            shapes[chunk] = [
-                example.new_empty(1).expand(*example.shape[:2], span.stop - span.start, *example.shape[3:])
-            ]
+        examples = {chunk: [example.new_empty(1).expand(shape)] for chunk, shape in shapes.items()}
         moves = [(chunk, worker, chunk // 2) for worker, chunks in enumerate(plan.rows) for chunk in chunks]
-        found, works = self._exchange(plan, moves, parts, shapes)
+        found, works = self._exchange(plan, moves, parts, examples)
         return {chunk: tensors[0] for chunk, tensors in found.items()}, works
 
     def _exchange(

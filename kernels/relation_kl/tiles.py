@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -110,6 +111,43 @@ def pick_pipeline(architecture: str, head_dim: int, element_size: int) -> Pipeli
     if architecture != "sm_90" or element_size != 2:
         return None
     return next((pipeline for most, pipeline in _PIPELINES.items() if head_dim <= most), None)
+
+
+@lru_cache(maxsize=1024)
+def grid(tiles: int, sequences: int, multiprocessors: int) -> tuple[int, int, int]:
+    """The grid of programs that own a row tile each, of which the last ones of a sequence take longest.
+
+    Programs start in the order of the grid, the first number running fastest: the longest ones of some sequences
+    together go first, so that few multiprocessors wait for a long one at the end. No more sequences together than
+    that takes, for their keys are to stay in the cache.
+
+    Args:
+        tiles: row tiles of a sequence.
+        sequences: batch times heads.
+        multiprocessors: of the GPU.
+
+    Returns:
+        (sequences together, row tiles, groups of sequences).
+    """
+    together = 1
+    if tiles * sequences <= 32 * multiprocessors:  # with more, the end matters little
+        most = max(1, 8 * multiprocessors // tiles)
+        divisors = [count for count in range(1, sequences + 1) if sequences % count == 0 and count <= most]
+        times = {count: _makespan(tiles, sequences, count, multiprocessors) for count in divisors}
+        # 1 % faster is not worth another sequence.
+        together = min(divisors, key=lambda count: (round(times[count], 2), count))
+    return together, tiles, sequences // together
+
+
+def _makespan(tiles: int, sequences: int, together: int, multiprocessors: int) -> float:
+    """How long the programs take, over what they would with all multiprocessors busy until the end."""
+    busy = [0] * multiprocessors
+    for _ in range(sequences // together):
+        for tile in range(tiles, 0, -1):
+            for _ in range(together):
+                # One tile of keys more is what a program takes to begin and to end.
+                heapq.heapreplace(busy, busy[0] + tile + 1)
+    return max(busy) / (sum(busy) / multiprocessors)
 
 
 def divide_last_wave(tiles: int, key_tiles: int, multiprocessors: int) -> tuple[int, int]:

@@ -168,18 +168,37 @@ def prepare(row_grad: Tensor, dtype: torch.dtype, scale: float, group: Any) -> t
     return row_grad * scale, None
 
 
+def gradient_shape(x: Tensor) -> tuple[int, ...]:
+    """Of the buffer, zero at first, in which `backward` adds up the gradient of x [B, H, N, D].
+
+    Gradients of chunks of the same shape can be added up and exchanged between processes; `finish` reads them.
+    """
+    return x.shape
+
+
+def finish(grad: Tensor, unit: Tensor | None, out: Tensor) -> None:
+    """Writes a gradient from its buffer.
+
+    Args:
+        grad: of `gradient_shape`.
+        unit: from `prepare`.
+        out: [B, H, N, D], of the inputs' type, any strides.
+    """
+    out.copy_(grad if unit is None else grad * unit)
+
+
 def backward(
     visit: Visit, scale: float, statistics: Sequence[Tensor], row_grad: Tensor, q_grad: Tensor, k_grad: Tensor
 ) -> None:
-    """Adds to the gradients of the rows [B, H, R, D] and of the keys [B, Hkv, N, D].
+    """Adds to the gradients of the rows and of the keys.
 
     Args:
         visit: what to visit.
         scale: softmax_scale.
         statistics: m_s, m_t, l_s, l_t of the rows over all of their keys (`State.statistics`).
         row_grad: from `prepare`.
-        q_grad: float32 or float64.
-        k_grad: as q_grad.
+        q_grad: of `gradient_shape`, contiguous, in the type `working` for the inputs'.
+        k_grad: as q_grad; the same for the chunk with itself in a self-relation.
     """
     keys = visit.k_s.to(q_grad.dtype)
     if visit.key_ids is not None:

@@ -218,17 +218,24 @@ def unit_of(largest: Tensor) -> Tensor:
 
 
 def pipeline_of(operands: Operands) -> Pipeline | None:
-    """The Hopper kernels' shapes, or None where the general kernels are to run.
-
-    They also do where `torch.use_deterministic_algorithms(True)` asks for results that are equal bit for bit from
-    run to run: the general kernels write each number once, the Hopper ones add up a gradient in no fixed order.
-    """
-    pipeline = _pick(operands.student_q)
-    if pipeline is None or not _HAS_GLUON or torch.are_deterministic_algorithms_enabled():
+    """The Hopper kernels' shapes, or None where the general kernels are to run."""
+    pipeline = hopper_pipeline(operands.student_q)
+    if pipeline is None:
         return None
     from . import hopper_backend
 
     return pipeline if hopper_backend.can_fetch(operands) else None
+
+
+def hopper_pipeline(x: Tensor) -> Pipeline | None:
+    """The Hopper kernels' shapes, or None where GPU, type, head_dim or the user want the general kernels.
+
+    They also run where `torch.use_deterministic_algorithms(True)` asks for results that are equal bit for bit from
+    run to run: the general kernels write each number once, the Hopper ones add up a gradient in no fixed order.
+    """
+    if not _HAS_GLUON or torch.are_deterministic_algorithms_enabled():
+        return None
+    return _pick(x)
 
 
 def _pick(x: Tensor) -> Pipeline | None:

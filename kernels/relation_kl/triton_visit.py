@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import torch_visit
 from .launch import launch
 from .segment_kernels import tile_bounds
 from .tiles import HOPPER_ROWS, Pipeline
@@ -24,8 +25,8 @@ from .triton_backend import (
     LOG2_E,
     PROGRAMS_AGAIN,
     constants,
+    hopper_pipeline,
     on_device_of,
-    pipeline_of,
     tensors_and_strides,
     tiles_of,
     unit_of,
@@ -69,7 +70,7 @@ def forward(visit: Visit, scale: float, pivots: tuple[Tensor, Tensor]) -> State:
             (`torch_visit.own_logits`). What overflows relative to them is done again with a running maximum.
     """
     q, places = visit.q_s, places_of(visit)
-    pipeline = _pipeline(visit)
+    pipeline = _pipeline(visit.q_s)
     l_s, l_t, a = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(3))
     if pipeline is None:
         m_s, m_t = torch.empty_like(l_s), torch.empty_like(l_s)
@@ -85,7 +86,9 @@ def forward(visit: Visit, scale: float, pivots: tuple[Tensor, Tensor]) -> State:
     m_s, m_t = pivots[0].clone(), pivots[1].clone()
     segments = places.bounds(HOPPER_ROWS, pipeline.block_n)
     with on_device_of(q):
-        flags = hopper_backend.forward_visit(visit, places, scale, pipeline, segments, (m_s, m_t), (l_s, l_t, a))
+        flags = hopper_backend.forward_visit(
+            _fetchable(visit), places, scale, pipeline, segments, (m_s, m_t), (l_s, l_t, a)
+        )
     tile = replace(tiles_of(q).forward, block_m=HOPPER_ROWS)
     count = flags.numel() // 2
     outputs = flags, a, m_s, m_t, l_s, l_t
@@ -105,23 +108,45 @@ def prepare(row_grad: Tensor, dtype: torch.dtype, scale: float, group: Any) -> t
     return row_grad / unit * BOOST, unit / BOOST
 
 
+def gradient_shape(x: Tensor) -> tuple[int, ...]:
+    """As `torch_visit.gradient_shape`; the Hopper kernels' gradients are in the order of registers."""
+    pipeline = _pipeline(x)
+    if pipeline is None:
+        return x.shape
+    from . import hopper_backend
+
+    return hopper_backend.gradient_shape(x, pipeline)
+
+
+def finish(grad: Tensor, unit: Tensor | None, out: Tensor) -> None:
+    """As `torch_visit.finish`."""
+    pipeline = _pipeline(out)
+    if pipeline is None:
+        torch_visit.finish(grad, unit, out)
+        return
+    from . import hopper_backend
+
+    with on_device_of(out):
+        hopper_backend.finish(grad, 1.0, unit, pipeline, out)
+
+
 def backward(
     visit: Visit, scale: float, statistics: Sequence[Tensor], row_grad: Tensor, q_grad: Tensor, k_grad: Tensor
 ) -> None:
     """Adds to the gradients of the rows and of the keys; see `torch_visit.backward`.
 
-    q_grad and k_grad are float32 and contiguous. The Hopper kernels add to them in no fixed order.
+    The Hopper kernels add to them in no fixed order.
     """
     places = places_of(visit)
     statistics = tuple(x.contiguous() for x in statistics)
-    pipeline = _pipeline(visit)
+    pipeline = _pipeline(visit.q_s)
     if pipeline is not None:
         from . import hopper_backend
 
         segments = places.bounds(HOPPER_ROWS, pipeline.block_n)
         with on_device_of(visit.q_s):
             hopper_backend.backward_visit(
-                visit, places, scale, pipeline, segments, statistics, row_grad, q_grad, k_grad
+                _fetchable(visit), places, scale, pipeline, segments, statistics, row_grad, q_grad, k_grad
             )
         return
     q, k = visit.q_s, visit.k_s
@@ -194,5 +219,12 @@ def _launch(
         )
 
 
-def _pipeline(visit: Visit) -> Pipeline | None:
-    return pipeline_of(Operands(visit.q_s, visit.k_s, visit.q_t, visit.k_t, False))
+def _pipeline(x: Tensor) -> Pipeline | None:
+    """The Hopper kernels' shapes for chunks like x, contiguous, whatever their lengths; or None."""
+    return hopper_pipeline(x) if x.shape[3] * x.element_size() % 16 == 0 else None
+
+
+def _fetchable(visit: Visit) -> Visit:
+    """With copies of tensors that begin where TMA cannot read."""
+    q_s, q_t, k_s, k_t = (x if x.data_ptr() % 16 == 0 else x.clone() for x in visit[:4])
+    return visit._replace(q_s=q_s, q_t=q_t, k_s=k_s, k_t=k_t)

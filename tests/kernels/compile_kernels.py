@@ -92,8 +92,9 @@ def launch(
         row_ids = torch.zeros(1, 256, dtype=torch.int64) if segments else None
         both = Visit(student, teacher, student, teacher, row_ids, row_ids, False)
         triton_visit.forward(both, 1.0, (of_rows, of_rows))
-        gradients = [torch.zeros_like(student, dtype=torch.float32) for _ in range(2)]
+        gradients = [torch.zeros(triton_visit.gradient_shape(student)) for _ in range(2)]
         triton_visit.backward(both, 1.0, (of_rows,) * 4, of_rows, *gradients)
+        triton_visit.finish(gradients[0], None, student)
         return
     operands = Operands(student, student, teacher, teacher, True)
     if attention:

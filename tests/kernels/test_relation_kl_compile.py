@@ -68,7 +68,7 @@ def test_hopper_kernels(
         assert kernel["shared"] <= _HOPPER, kernel
         assert not kernel["serialized"], kernel
         plain = not constants["SEGMENTS"] and (constants.get("SELF", True) or constants["VISIT"])
-        assert max(kernel["spill_stores"], kernel["spill_loads"]) <= (64 if plain else 400), kernel
+        assert max(kernel["spill_stores"], kernel["spill_loads"]) <= (96 if plain else 400), kernel
 
 
 def test_general_kernels(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -87,9 +87,11 @@ def test_general_kernels(tmp_path_factory: pytest.TempPathFactory) -> None:
     ]
     cases.append({"architecture": "sm_90", "dtype": "bfloat16", "head_dim": 128, "segments": False})
     compiled = compile_kernels("general", cases, tmp_path_factory.mktemp("triton"))
-    assert [(kernel["name"], kernel["architecture"], kernel["constants"]["HEAD_DIM"]) for kernel in compiled] == [
+    sized = [(kernel["name"], kernel["architecture"], kernel["constants"].get("HEAD_DIM")) for kernel in compiled]
+    assert sized == [
         *((name, kind[0], kind[2]) for kind in kinds for name in ("forward_kernel", "backward_kernel")),
         ("forward_again_kernel", "sm_90", 128),
+        ("finish_kernel", "sm_90", None),
     ]
     for kernel in compiled:
         assert kernel["shared"] <= (_HOPPER if kernel["architecture"] == "sm_90" else _LEAST), kernel

@@ -60,11 +60,11 @@ class Recorder:
         self.ordinary = 0
         self.kernels: list[str] = []
 
-    def launch(self, kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+    def launch(self, kernel: Any, programs: Any, *arguments: Any, **constants: Any) -> None:
         """In Triton's way, then twice in ours, of which the second time is the short one at the latest."""
         if not isinstance(kernel, JITFunction):  # the interpreter's
             kernel = JITFunction(kernel.fn, do_not_specialize=["count", "heads", "group", "seq_len"])
-        kernel[(programs,)](*arguments, **constants)
+        kernel[programs if isinstance(programs, tuple) else (programs, 1, 1)](*arguments, **constants)
         launch(kernel, programs, *arguments, **constants)
         ordinary = self.ordinary
         launch(kernel, programs, *arguments, **constants)
@@ -153,7 +153,8 @@ def test_the_usual_arguments_again(recorder: Recorder) -> None:
         usual = usual_arguments() | {"strides": (16 * length, length, 8, 1), "count": length, "factor": 1 / length}
         launch(kernel, length, *usual.values(), **CONSTANTS)
     assert recorder.ordinary == 1 and len(recorder.runs) == 3
-    assert [run[1:4] for run in recorder.runs] == [(64, 1, 1), (128, 1, 1), (256, 1, 1)]
+    launch(kernel, (4, 3, 2), *usual_arguments().values(), **CONSTANTS)
+    assert [run[1:4] for run in recorder.runs] == [(64, 1, 1), (128, 1, 1), (256, 1, 1), (4, 3, 2)]
 
 
 def test_descriptors(recorder: Recorder) -> None:
@@ -222,7 +223,7 @@ def test_hopper_kernels(segments: torch.dtype | None, recorder: Recorder, monkey
             _, statistics = triton_backend.forward(each, 1.0, ids)
             triton_backend.backward(each, 1.0, ids, statistics, grad)
     of_tiles = [] if segments is None else ["tile_ranges_kernel", "tile_bounds_kernel"]
-    one_step = [*of_tiles, "forward_kernel", "forward_again_kernel", *of_tiles, "backward_kernel"]
+    one_step = [*of_tiles, "forward_kernel", "forward_again_kernel", *of_tiles, "backward_kernel", "finish_kernel"]
     assert recorder.kernels == one_step * (2 * len(cases))
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import heapq
+
 import pytest
 import relation_kl as rk
 import tile_bounds_reference as reference
 import torch
 from relation_kl import segment_kernels
 from relation_kl.segment_kernels import tile_bounds
-from relation_kl.tiles import HOPPER_ROWS, divide_last_wave, pad_head_dim, pick_pipeline, pick_tiles
+from relation_kl.tiles import HOPPER_ROWS, divide_last_wave, grid, pad_head_dim, pick_pipeline, pick_tiles
 from relation_kl_checks import segment_ids_of
 
 
@@ -170,6 +172,28 @@ def test_hopper_pipelines(head_dim: int) -> None:
         assert pipeline == pick_pipeline("sm_90", head_dim, 2)
         assert head_dim <= pipeline.block_k <= pipeline.block_d <= max(64, pad_head_dim(head_dim))
         assert HOPPER_ROWS % pipeline.block_n == 0 and pipeline.slots >= 2
+
+
+@pytest.mark.parametrize("sequences", [1, 7, 8, 31, 32, 96])
+@pytest.mark.parametrize("tiles", [1, 2, 16, 31, 32, 64, 100, 128, 1024])
+def test_the_grid_leaves_few_multiprocessors_alone_at_the_end(tiles: int, sequences: int) -> None:
+    """Programs, whose last row tile takes longest, go to whichever multiprocessor is free."""
+    together, own_tiles, groups = grid(tiles, sequences, 132)
+    assert together * groups == sequences and own_tiles == tiles
+    order = [
+        (tile, group * together + i) for group in range(groups) for tile in range(tiles, 0, -1) for i in range(together)
+    ]
+    assert len(set(order)) == tiles * sequences
+    assert together == 1 or together * tiles <= 8 * 132  # few enough for the cache
+    busy = [0] * 132
+    for tile, _ in order:
+        heapq.heapreplace(busy, busy[0] + tile + 1)
+    if tiles * sequences >= 6 * 132 and sequences % 4 == 0:
+        assert max(busy) <= 1.05 * sum(busy) / 132
+    if (tiles, sequences) == (32, 32):
+        assert together == 4
+    if (tiles, sequences) in ((128, 32), (1024, 96)):
+        assert together == 1
 
 
 @pytest.mark.parametrize("key_tiles", [1, 3, 8, 128])

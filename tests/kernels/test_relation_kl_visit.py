@@ -13,11 +13,12 @@ import pytest
 import relation_kl as rk
 import torch
 from relation_kl import torch_visit
+from relation_kl.tiles import pick_pipeline
 from relation_kl.torch_visit import State, Visit, own_logits
 from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="needs triton, which is not installed")
-from relation_kl import triton_visit  # noqa: E402
+from relation_kl import hopper_backend, triton_visit  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 
@@ -65,14 +66,14 @@ def visited(
         state.add(visits.forward(visit, scale, pivots))
     g = upstream.to(kind) if row_ids is None else torch.where((row_ids >= 0)[:, None], upstream.to(kind), 0.0)
     gradient, unit = visits.prepare(g, q_s.dtype, scale, None)
-    q_grad = torch.zeros_like(x_s, dtype=kind)
-    k_grads = [torch.zeros_like(visit.k_s, dtype=kind) for visit in both]
-    for visit, k_grad in zip(both, k_grads, strict=True):
-        visits.backward(visit, scale, state.statistics(), gradient, q_grad, k_grad)
-    results = [q_grad, torch.cat(k_grads, 2)]
-    if unit is not None:
-        results = [x * unit for x in results]
-    return [state.rows(row_ids), *results]
+    inputs = [x_s, *(visit.k_s for visit in both)]
+    grads = [torch.zeros(visits.gradient_shape(x), dtype=kind, device=x.device) for x in inputs]
+    for visit, k_grad in zip(both, grads[1:], strict=True):
+        visits.backward(visit, scale, state.statistics(), gradient, grads[0], k_grad)
+    results = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
+    for grad, result in zip(grads, results, strict=True):
+        visits.finish(grad, unit, result)
+    return [state.rows(row_ids), results[0], torch.cat(results[1:], 2)]
 
 
 def truth(students: list[Tensor], teachers: list[Tensor], ids: Tensor | None, upstream: Tensor, keys: int, dtype: Any):
@@ -137,6 +138,25 @@ def test_kernels(kind: str, dtype: torch.dtype, device: torch.device) -> None:
 def test_loud_keys(dtype: torch.dtype, device: torch.device) -> None:
     """Logits far beyond the rows' own: pivots that do not bear them are given up for a running maximum."""
     check(triton_visit, dtype, 64 if ON_GPU else 16, (2, 2), 75, 75, "one", device, loud=6.0)
+
+
+@pytest.mark.parametrize("dim", [64, 96, 128])
+def test_a_gradient_in_register_order_is_brought_into_order(dim: int, device: torch.device) -> None:
+    """Number by number: an accumulator's thread and register, as the layout of wgmma has them."""
+    batch, heads, tokens = 2, 3, 100
+    pipeline = pick_pipeline("sm_90", dim, 2)
+    assert pipeline is not None
+    padded = pipeline.block_d
+    out = torch.full((batch, tokens, heads, dim), float("nan"), dtype=torch.bfloat16, device=device).transpose(1, 2)
+    grad = torch.randn(hopper_backend.gradient_shape(out, pipeline), device=device)
+    token, channel = torch.arange(tokens)[:, None], torch.arange(dim)[None]
+    row = token % 64
+    thread = row // 16 * 32 + row % 8 * 4 + channel % 8 // 2
+    number = (channel // 8 * 128 + thread) * 4 + row % 16 // 8 * 2 + channel % 2
+    want = grad.flatten(2)[..., (token // 64 * 64 * padded + number).to(device)]
+    for unit in (None, torch.tensor([3.0], device=device)):
+        hopper_backend.finish(grad, 0.5, unit, pipeline, out)
+        torch.testing.assert_close(out, (want * (0.5 if unit is None else 1.5)).to(out.dtype), rtol=1e-2, atol=0)
 
 
 @pytest.mark.gpu
