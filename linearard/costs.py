@@ -12,7 +12,7 @@ from typing import Any
 
 from linearard import metrics
 from linearard.cluster import GIB, Cluster
-from linearard.config import Config, layers_of, teacher_window
+from linearard.config import Config, layers_of, relations_of, teacher_window
 from linearard.relation_mode import HEADS, WINDOWS, RelationMode, RelationShape, pick, waiting_seconds
 
 # Constants that belong to no GPU. Bytes are per token and channel of a layer. Where they come from: two early runs of a
@@ -27,7 +27,7 @@ RELATION_SET = 22.0  # per channel of q: an fp32 buffer, and gradients of q, k, 
 LOSS_CHUNK = 16.0 * 2**25  # bytes of `head_loss.CHUNK_LOGITS` logits, their softmax and gradients
 HOST_SECONDS = 0.0108  # of ZeRO-3's hooks, per layer and pass: no pass is faster
 QKV = ("q_proj", "k_proj", "v_proj")
-HALF_RATE_TOKENS = {"attention": 800, "relation": 930}  # length of a segment at which half the rate is reached
+HALF_RATE_TOKENS = {"attention": 800, "relation": 975}  # length of a segment at which half the rate is reached
 OPTIMIZER_SECONDS = 0.015  # launches
 HOST_LINK_GB_S = 50.0  # PCIe 5 x16 and pinned memory, per direction; not measured
 HOST_MEMORY_GB_S = 100.0  # an optimizer step on the host, all ranks of a node; not measured
@@ -104,9 +104,8 @@ def relation_shape(config: Config, shape: Dimensions) -> RelationShape:
 def relation_mode_of(config: Config, shape: Dimensions, cluster: Cluster) -> RelationMode:
     """How a run spreads its relations over ranks, `relation_mode.pick`."""
     of_relations = relation_shape(config, shape)
-    names = [name for name, weight in config.objective.relations.items() if weight]
     tflops = _rate(cluster.gpu.relation_tflops, "relation", of_relations.window) / 1e12
-    return pick(config.parallel.relation_parallel, of_relations, names, cluster, tflops)
+    return pick(config.parallel.relation_parallel, of_relations, relations_of(config), cluster, tflops)
 
 
 class Run:
@@ -123,21 +122,21 @@ class Run:
         self.config, self.shape, self.cluster = config, shape, cluster
         self.zero: dict[str, Any] = ds["zero_optimization"]
         self.stage = int(self.zero["stage"])
-        self.size = config.parallel.sequence_parallel_size
-        self.tokens = config.data.seq_len * config.train.micro_batch_size // self.size
-        self.element = 2 if config.model.precision == "bf16" else 4
-        self.window = teacher_window(config, shape.native_length)
         self.relation_shape = relation_shape(config, shape)
+        self.size = self.relation_shape.sequence_parallel_size
+        self.tokens = config.data.seq_len * config.train.micro_batch_size // self.size
+        self.element, self.window = self.relation_shape.element_size, self.relation_shape.window
         self.relation_mode = relation_mode_of(config, shape, cluster)
         self.local_windows = self.relation_mode.name == WINDOWS
         objective = config.objective
-        self.relations = [name for name, weight in objective.relations.items() if weight]
+        self.relations = relations_of(config)
         observed = layers_of(config, shape.num_hidden_layers)
         self.relation_layers = len(observed) if self.relations else 0
         self.teacher = bool(self.relations or objective.logits_kl)
         self.shared = config.teacher.kind == "shared" or (
             config.teacher.kind == "auto" and config.model.trainable == "lora"
         )
+        self.lockstep = self.shared and bool(self.relations) and not objective.logits_kl  # `engine.Engine`
         self.logits = bool(objective.next_token or objective.logits_kl)
         # Behind the last layer's q, k, v nothing is computed that no term needs.
         self.student_layers = shape.num_hidden_layers if self.logits else max(observed)
@@ -220,7 +219,7 @@ def memory(run: Run, teacher_tensors: str) -> tuple[dict[str, float], dict[str, 
         most = float(run.zero.get("stage3_max_live_parameters", 1e9)) * element
         prefetch = float(run.zero.get("stage3_prefetch_bucket_size", 5e7)) * element
         put("gathered layers", min(2 * layer + prefetch, most))
-    resident = sum(parts.values())
+    resident = dict(parts)
 
     checkpoint = tokens * hidden * element
     put("checkpoints: inputs of the layers", layers * checkpoint if run.config.model.gradient_checkpointing else 0.0)
@@ -248,16 +247,10 @@ def memory(run: Run, teacher_tensors: str) -> tuple[dict[str, float], dict[str, 
     if not run.offloads("optimizer"):
         # The fp32 gradient and two temporaries of one sub-group, when nothing else but the weights is there.
         group = min(run.trainable / gpus, float(run.zero.get("sub_group_size", 1e9)))
-        if resident + 12 * group > sum(parts.values()):
-            parts = {key: value for key, value in list(parts.items()) if key in _RESIDENT}
+        if sum(resident.values()) + 12 * group > sum(parts.values()):
+            parts = resident
             put("optimizer's step: fp32 gradients and temporaries", 12 * group)
     return {key: value / GIB for key, value in parts.items()}, {key: value / GIB for key, value in host.items()}
-
-
-_RESIDENT = (
-    *("weights of the base", "weights of student and teacher", "adapters", "gradients", "gathered layers"),
-    *("optimizer: fp32 weights and two moments", "ZeRO's buffer of gradients"),
-)
 
 
 def seconds(run: Run, teacher_tensors: str) -> dict[str, float]:
@@ -314,15 +307,18 @@ def seconds(run: Run, teacher_tensors: str) -> dict[str, float]:
     reduce = run.trainable * run.element * (gpus - 1) / gpus / wide
     hooks = layers * HOST_SECONDS if run.stage == 3 else 0.0
     backward_compute = again + backward + sum(relation_seconds.values())
-    passes = [(forward, gather, hooks), (backward_compute, gather + reduce, 2 * hooks)]
-    passes += [(teacher, gather, hooks)] if run.teacher else []
+    passes = [(backward_compute, gather + reduce, 2 * hooks)]
+    if run.lockstep:  # a layer is gathered once for the teacher's forward and the student's
+        passes += [(teacher + forward, gather, 2 * hooks)]
+    else:
+        passes += [(forward, gather, hooks), *([(teacher, gather, hooks)] if run.teacher else [])]
     parts["ZeRO's communication, not hidden"] = sum(max(0.0, moved - compute) for compute, moved, _ in passes)
     parts["host, not hidden"] = sum(max(0.0, host - max(compute, moved)) for compute, moved, host in passes)
     if teacher_tensors == "offload" and run.relations:
         moved = run.relation_layers * tokens * run.channels("".join(run.relations)) * run.element
         once = moved / (HOST_LINK_GB_S * 1e9)
         parts["teacher's tensors to the host and back, not hidden"] = sum(
-            max(0.0, once - compute) for compute in (teacher, backward_compute)
+            max(0.0, once - compute) for compute in (teacher + (forward if run.lockstep else 0.0), backward_compute)
         )
     if run.offloads("param"):
         moved = layers * matrices * run.element / gpus / (HOST_LINK_GB_S * 1e9)

@@ -81,12 +81,11 @@ def device_of_choice() -> torch.device:
 
 def kernel_parity(device: torch.device) -> Iterator[Finding]:
     """Loss and gradient of relation_kl and attention_kl, each backend and dtype, against fp64 on the host."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    yield Finding(
-        "ok" if device.type == "cuda" else "note", "device", name if device.type == "cuda" else "CPU, no GPU found"
-    )
+    on_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_gpu else "CPU, no GPU found"
+    yield Finding("ok" if on_gpu else "note", "device", name)
     backends = ["torch"]
-    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+    if on_gpu and importlib.util.find_spec("triton") is not None:
         backends.insert(0, "triton")
     for backend in backends:
         for dtype in (torch.float32, torch.bfloat16):

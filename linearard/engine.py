@@ -99,6 +99,9 @@ class Engine:
             group=self.relation_group,
         )
         self._last_layer = max(self.relation_loss.layers)
+        # Logits KL takes the teacher's last hidden states into the student's pass: the teacher's then comes before it.
+        in_layers_alone = bool(self.weights) and not config.objective.logits_kl
+        self._lockstep = in_layers_alone and self._teacher.can_lead(self._last_layer)
         self._tensors = self._teacher_tensors(native)
 
     @property
@@ -165,9 +168,14 @@ class Engine:
         )
 
     def _micro_step(self, batch: MicroBatch, rows: int, labels: int) -> torch.Tensor:
-        """Teacher forward, student forward, backward; returns this rank's [next-token, logits KL] sums."""
-        with profiling.part("teacher"):
-            hidden = self._teacher_forward(batch)
+        """Forward of teacher and student, backward; returns this rank's [next-token, logits KL] sums."""
+        leading: Forwards = {}
+        hidden = None
+        if self._lockstep:
+            leading = self._teacher.leading(batch, self._tensors, self._last_layer)
+        else:
+            with profiling.part("teacher"):
+                hidden = self._teacher_forward(batch)
         terms = self._terms(batch, hidden, max(labels, 1))
         del hidden
         observer = self.relation_loss.observer(self._tensors, batch.relation_segment_ids, rows, self.gradient_scale)
@@ -176,14 +184,14 @@ class Engine:
             observer = ending_at(observer, self._last_layer)
         with replaced_forwards(forwards):  # in backward, too: checkpointing computes layers again there
             until_hidden = self._decoder.until_hidden(partial(self._token_loss, terms))
-            with replaced_forwards(until_hidden), profiling.part("student forward"):
+            with replaced_forwards({**until_hidden, **leading}), profiling.part("student forward"):
                 loss, sums = self.engine(
                     input_ids=batch.input_ids,
                     position_ids=batch.position_ids,
                     use_cache=False,
                     attention_pass=AttentionPass(batch.segments, self._ulysses, observer, batch.observe_shards),
                 )
-            del terms, until_hidden  # the teacher's hidden states
+            del terms, until_hidden, leading  # the teacher's hidden states
             self._tensors.prefetch()
             with profiling.part("backward"):
                 self.engine.backward(loss * self.gradient_scale, scale_wrt_gas=False)

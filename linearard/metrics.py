@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from linearard.cluster import GIB, GPUS
+
 # Dense bf16 peak of one GPU in TFLOP/s, from the vendors' data sheets; for MFU only.
-PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0, "L40S": 362.0, "B200": 2250.0}
+PEAK_TFLOPS = {"H800": 989.0, "A800": 312.0, "L40S": 362.0, **{name: gpu.peak_tflops for name, gpu in GPUS.items()}}
 
 QKV_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value")  # in parameters' names
 
@@ -142,8 +144,8 @@ def memory_gib(device: torch.device) -> dict[str, float]:
     """This rank's memory in GiB: allocated now and at its peak on a GPU, peak resident size on a CPU."""
     if device.type == "cuda":
         return {
-            "allocated_gib": torch.cuda.memory_allocated(device) / 2**30,
-            "peak_allocated_gib": torch.cuda.max_memory_allocated(device) / 2**30,
+            "allocated_gib": torch.cuda.memory_allocated(device) / GIB,
+            "peak_allocated_gib": torch.cuda.max_memory_allocated(device) / GIB,
         }
     return {"peak_resident_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 

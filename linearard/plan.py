@@ -11,7 +11,7 @@ import torch
 
 from linearard import costs, ds_config, metrics
 from linearard.cluster import Cluster, resolve
-from linearard.config import Config
+from linearard.config import Config, relations_of
 from linearard.costs import Dimensions
 from linearard.errors import UserError
 from linearard.parallel import ParallelContext
@@ -223,7 +223,7 @@ class ForDryRun:
     def _remedies(self) -> Iterator[str]:
         """Changes of one setting with which the run fits."""
         config, shape = self.config, self.shape
-        if any(config.objective.relations.values()):
+        if relations_of(config):
             modes = TEACHER_TENSORS[TEACHER_TENSORS.index(self.plan.teacher_tensors) + 1 :]
             yield from (f"teacher.tensors={mode}" for mode in modes if self._with("teacher", "tensors", mode).fits)
         if not config.model.gradient_checkpointing and self._with("model", "gradient_checkpointing", True).fits:

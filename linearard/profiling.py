@@ -57,7 +57,8 @@ def summarise(trace: dict[str, Any]) -> dict[str, Any]:
     Returns:
         {"parts": {part: {"host": seconds between entering and leaving, "gpu": seconds in which a kernel launched there
         ran}}, "communication": {"gpu": seconds of NCCL kernels, "alone": those in which nothing else ran}, "gpu_busy",
-        "step": seconds}. Relation KL is part of backward, and counted there, too. Without a GPU the host's only.
+        "step": seconds}. Relation KL is part of backward, and counted there, too; so is the teacher of the student's
+        forward, where both go through the layers together. Without a GPU the host's only.
     """
     events = [e for e in trace["traceEvents"] if e.get("ph") == "X"]
     marks = [e for e in events if e["name"].startswith(PREFIX) and e.get("cat") == "user_annotation"]

@@ -12,7 +12,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # A module imports from the floors below its own and, on its own floor, from what stands to its left.
 FLOORS = (
-    ("linearard", "linearard.errors", "linearard.tree", "linearard.config"),
+    (
+        *("linearard", "linearard.errors", "linearard.tree"),
+        *("linearard.config_keys", "linearard.config_checks", "linearard.config"),
+    ),
     (
         *("linearard.ds_config", "linearard.parallel", "linearard.logs", "linearard.schedule", "linearard.layout"),
         "linearard.cluster",
@@ -125,7 +128,7 @@ def test_triton_is_imported_only_by_kernels() -> None:
 
 
 def test_config_and_ds_config_know_no_torch() -> None:
-    for name in ("linearard.errors", "linearard.tree", "linearard.config", "linearard.ds_config", "linearard.schedule"):
+    for name in (*FLOORS[0], "linearard.ds_config", "linearard.schedule"):
         assert not any(_knows(IMPORTS[name], package) for package in ("torch", "transformers", "numpy")), name
 
 

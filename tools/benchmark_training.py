@@ -34,29 +34,23 @@ from collections.abc import Sequence
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from benchmark_cases import MODELS, Case, case_name, cases_of, configure, folder_name, native_config
 from deepspeed.runtime.zero import parameter_offload
-from make_random_model import SHAPES
-from measuring import Parser, checked, conditions, list_of, positive
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
+from measuring import Parser, conditions, list_of, positive
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from linearard import cluster, costs, ds_config, logs, metrics, parallel, plan, profiling
-from linearard import config as configuration
 from linearard.capture import ATTENTION
-from linearard.config import RELATIONS, Config
+from linearard.config import Config
 from linearard.engine import Engine
 from linearard.errors import UserError
-from linearard.models.student import DTYPES, load_model, load_model_config, shape_of
+from linearard.models.student import DTYPES, load_model
 from linearard.parallel import ParallelContext
-from linearard.tree import apply_override
 
-ISSUE = ("next", "qq+kk+vv@4096", "qq+kk+vv@full", "qq+kk+vv+next@4096")
-STAGE1 = ("next", "qq+kk+vv@4096")
-# name -> cases, lengths, micro-batch sizes
-PRESETS = {"issue": (ISSUE, (32768,), (1,)), "stage1": (STAGE1, (4096,), (4, 8))}
 COLUMNS = (
     *("case", "window", "seq_len", "micro_batch_size", "sequence_parallel_size", "world_size", "status"),
     *("seconds", "fastest", "slowest", "steps", "tokens_per_second_per_gpu", "mfu", "over_next", "loss"),
@@ -69,20 +63,6 @@ WAIT = timedelta(seconds=60)
 LAYOUT = "{:22} {:>8} {:>6}  {:>22} {:>9} {:>6} {:>7} {:>8}  {:>8} {:>7} {:>8} {:>7}"
 TITLES = ("case", "tokens", "batch", "seconds", "tok/s/GPU", "MFU", "/ next", "peak GiB")
 TITLES += ("plan s", "error", "plan GiB", "error")
-
-
-class Case(NamedTuple):
-    """What one engine is built for."""
-
-    terms: tuple[str, ...]
-    window: str
-    seq_len: int
-    micro_batch_size: int
-
-    @property
-    def name(self) -> str:
-        terms = "+".join(self.terms)
-        return terms if terms == "next" else f"{terms}@{self.window}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -111,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure_all(options: argparse.Namespace, context: ParallelContext) -> bool:
     """Runs the cases and reports on rank 0; returns whether the ranks have lost one another."""
-    started, native = time.perf_counter(), _native(options.model)
+    started, native = time.perf_counter(), native_config(options.model)
     # To agree without the GPUs, whose queues may never run dry after one rank ran out of memory.
     hosts: Any = dist.new_group(backend="gloo")
     fixed = _conditions(options, context)
@@ -215,7 +195,7 @@ def measure(engine: Engine, vocab_size: int, planned: plan.Plan, options: argpar
         figures |= {"peak_gib": int(peaks[0]) / 2**30, "reserved_gib": int(peaks[1]) / 2**30}
     if options.profile is not None:
         batch = synthetic_batch(config, vocab_size, context, len(laps))
-        folder = options.profile / _folder(config)
+        folder = options.profile / folder_name(config)
         with profiling.traced(folder if context.is_main else None, context.device):
             engine.step([batch], len(laps))
         if context.is_main:
@@ -273,62 +253,13 @@ def synthetic_batch(config: Config, vocab_size: int, context: ParallelContext, s
     return {"input_ids": ids, "labels": labels, "position_ids": positions, "segment_ids": torch.zeros_like(ids)}
 
 
-def configure(case: Case, options: argparse.Namespace, context: ParallelContext, native: PretrainedConfig) -> Config:
-    """The configuration of a case, checked as a run's is."""
-    relations = {name: 1.0 for name in case.terms if name != "next"}
-    folder = Path(options.model)
-    raw: dict[str, Any] = {
-        "run_dir": "unused",
-        "deepspeed": options.deepspeed,
-        "model": {
-            "path": str(folder) if folder.is_dir() else options.model,
-            "rope_parameters": {"rope_type": "linear", "factor": 8.0},
-            "lora": {"r": options.lora_rank, "alpha": 2.0 * options.lora_rank},
-            "precision": options.precision,
-        },
-        "teacher": {"window": int(case.window) if case.window.isdecimal() else case.window},
-        "objective": {"relations": relations, "next_token": 1.0 if "next" in case.terms else 0.0},
-        "data": {"sources": [{"path": "unused"}], "seq_len": case.seq_len},
-        "parallel": {"sequence_parallel_size": _size(context)},
-        "train": {"micro_batch_size": case.micro_batch_size, "warmup_steps": 0, "max_steps": 10**6},
-    }
-    if options.teacher_tensors is not None:
-        raw["teacher"]["tensors"] = options.teacher_tensors
-    for override in options.set:
-        apply_override(raw, override)
-    config = configuration.from_dict(raw)
-    configuration.check(config)
-    configuration.check_against_model(config, shape_of(native))
-    return config
-
-
 def _plan(config: Config, native: PretrainedConfig, context: ParallelContext) -> plan.Plan:
     on = cluster.resolve(config.cluster, _size(context), context.world_size)
     return plan.plan_run(config, costs.dimensions_of(native), ds_config.complete(config), on)
 
 
-def _native(model: str) -> PretrainedConfig:
-    if Path(model).is_dir():
-        return load_model_config(configuration.ModelConfig(path=model))
-    return LlamaConfig(**_shapes()[model])
-
-
-def _shapes() -> dict[str, dict[str, Any]]:
-    tiny = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 16}
-    return {**SHAPES, "tiny": {**tiny, **heads}}
-
-
 def _size(context: ParallelContext) -> int:
     return context.sequence_parallel_size
-
-
-def _folder(config: Config) -> str:
-    terms = [
-        *(n for n, w in config.objective.relations.items() if w),
-        *(["next"] if config.objective.next_token else []),
-    ]
-    return f"{'_'.join(terms)}-{config.teacher.window}-{config.data.seq_len}x{config.train.micro_batch_size}"
 
 
 def _agree(status: str, hosts: Any, context: ParallelContext) -> bool:
@@ -386,8 +317,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options, checked, with `list`: the cases in order. Raises UserError, which names option and remedy."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("--model", default="llama2-7b", metavar="SHAPE_OR_FOLDER", help=f"{', '.join(_shapes())}, or a model's folder")
-    add("--cases", type=list_of(_case), default="issue", metavar="CASE,CASE", help="or issue, stage1 (see above)")
+    add("--model", default="llama2-7b", metavar="SHAPE_OR_FOLDER", help=f"{', '.join(MODELS)}, or a model's folder")
+    add("--cases", type=list_of(case_name), default="issue", metavar="CASE,CASE", help="or issue, stage1 (see above)")
     add("--lengths", type=list_of(positive), metavar="N,N", help="tokens of a sequence (32768, or the preset's)")
     add("--micro-batch-sizes", type=list_of(positive), metavar="N,N", help="sequences a rank and step (1)")
     add("--steps", type=positive, default=5, metavar="N", help="that are measured")
@@ -404,36 +335,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--commit", metavar="TEXT", help="what to write as commit where git cannot tell")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher adds it
     options = parser.parse_args(arguments)
-    if options.model not in _shapes() and not Path(options.model).is_dir():
-        raise UserError(f"--model: {options.model} is neither a folder nor one of {', '.join(_shapes())}")
+    if options.model not in MODELS and not Path(options.model).is_dir():
+        raise UserError(f"--model: {options.model} is neither a folder nor one of {', '.join(MODELS)}")
     if options.csv is not None and (options.csv.is_dir() or not os.access(options.csv.absolute().parent, os.W_OK)):
         raise UserError(f"--csv: {options.csv} cannot be written; name a file in an existing folder")
-    presets = [name for name in options.cases if name in PRESETS]
-    if presets and len(options.cases) > 1:
-        raise UserError(f"--cases: {presets[0]} stands alone; list single cases instead")
-    names, lengths, sizes = PRESETS[presets[0]] if presets else (options.cases, (32768,), (1,))
-    options.list = [
-        _build(name, length, size)
-        for length in options.lengths or lengths
-        for size in options.micro_batch_sizes or sizes
-        for name in names
-    ]
-    if presets == ["stage1"]:
+    options.list = cases_of(options.cases, options.lengths, options.micro_batch_sizes)
+    if options.cases == ["stage1"]:
         options.sequence_parallel_size = options.sequence_parallel_size or 1
     return options
-
-
-def _case(text: str) -> str:
-    terms, _, window = text.partition("@")
-    known = all(term in (*RELATIONS, "next") for term in terms.split("+"))
-    fits = known and (window in ("", "full") or (window.isdecimal() and int(window) > 0))
-    return checked(text, text in PRESETS or fits, f"choose {', '.join(PRESETS)}, or terms such as qq+kk+vv+next@4096")
-
-
-def _build(name: str, seq_len: int, micro_batch_size: int) -> Case:
-    terms, _, window = name.partition("@")
-    whole = not window.isdecimal() or int(window) >= seq_len
-    return Case(tuple(terms.split("+")), "full" if whole else window, seq_len, micro_batch_size)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ class Machine:
     """Rates; the defaults are of an H200.
 
     Attributes:
-        tflops: of the kernels, forward and backward together: 6 half products of 128K tokens and 32 heads take 815 ms
+        tflops: of the kernels, forward and backward together: 6 half products of 128K tokens and 32 heads take 779 ms
             (README.md).
         link_gb_s: of one rank's link, each direction. 127: NCCL over NVLink between two H200, with the 8 blocks of
             `nccl_options` (README.md); a 400 Gb/s link has 50 by its name.
@@ -57,7 +57,7 @@ class Machine:
         message_seconds: before the first byte of a step arrives; not measured.
     """
 
-    tflops: float = 515.0
+    tflops: float = 540.0
     link_gb_s: float = 127.0
     launch_seconds: float = 1e-4
     message_seconds: float = 2e-5
