@@ -15,6 +15,7 @@ import relation_kl as rk
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from other_order import gradients_in_another_order
 from relation_kl import chunk_plan, sequence_parallel, torch_backend, torch_visit
 from relation_kl.torch_backend import Operands
 from torch import Tensor
@@ -135,6 +136,16 @@ def check(
         assert all((x == 0).all() for x in same), case
 
 
+def buffers_in_another_order() -> None:
+    """Exchanges add up and send gradients as they lie."""
+    rank, ranks, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
+    with gradients_in_another_order():
+        for dtype in (torch.float32, torch.float16):
+            for key_heads in (None, 2):
+                for kind in ("one", "crossing", "right"):
+                    check(rank, ranks, group, dtype, key_heads, 9, kind, "torch")
+
+
 def autocast_and_wide_gradients() -> None:
     """Neither changes anything; nor does a float64 upstream gradient on one rank only."""
     rank, group = dist.get_rank(), dist.group.WORLD
@@ -222,6 +233,11 @@ def count_elements() -> None:
 
 def test_memory_is_that_of_a_shard(tmp_path: Path) -> None:
     spawn(6, count_elements, tmp_path)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_gradients_may_lie_in_any_order(ranks: int, tmp_path: Path) -> None:
+    spawn(ranks, buffers_in_another_order, tmp_path)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8, 16])

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import relation_kl as rk
 import torch
+from other_order import gradients_in_another_order
 from relation_kl import torch_visit
 from relation_kl.row_share import RowShare
 from relation_kl.torch_backend import Operands
@@ -68,6 +69,16 @@ def test_torch(segments: str, dtype: torch.dtype) -> None:
         case = make_case(2, 2, seq_len, 16, dtype, segments)
         for count in (1, 2, 3):
             check(case, count, "torch", at_once=count == 2)
+
+
+@pytest.mark.parametrize("segments", ["none", "right", "documents"])
+def test_gradients_may_lie_in_any_order(segments: str) -> None:
+    for seq_len in (41, 131):
+        case = make_case(2, 2, seq_len, 16, torch.float32, segments)
+        with gradients_in_another_order():
+            shares = shares_of(case, 2, "torch")
+        for (_, grad), (_, want) in zip(shares, shares_of(case, 2, "torch"), strict=True):
+            assert torch.equal(grad, want)
 
 
 def test_torch_float64() -> None:
