@@ -57,8 +57,8 @@ def summarise(trace: dict[str, Any]) -> dict[str, Any]:
     Returns:
         {"parts": {part: {"host": seconds between entering and leaving, "gpu": seconds in which a kernel launched there
         ran}}, "communication": {"gpu": seconds of NCCL kernels, "alone": those in which nothing else ran}, "gpu_busy",
-        "step": seconds}. Relation KL is part of backward, and counted there, too; so is the teacher of the student's
-        forward, where both go through the layers together. Without a GPU the host's only.
+        "step": seconds}. Relation KL is part of backward, and counted there, too. Where teacher and student go through
+        the layers together, what is the teacher's is not the student's. Without a GPU the host's only.
     """
     events = [e for e in trace["traceEvents"] if e.get("ph") == "X"]
     marks = [e for e in events if e["name"].startswith(PREFIX) and e.get("cat") == "user_annotation"]
@@ -77,16 +77,13 @@ def summarise(trace: dict[str, Any]) -> dict[str, Any]:
         launch = launches.get(kernel["args"].get("correlation"))
         if launch is None:
             continue
-        for mark in marks:
-            if mark["ts"] <= launch["ts"] <= mark["ts"] + mark["dur"]:
-                intervals[mark["name"].removeprefix(PREFIX)].append(span)
-    parts = {
-        name: {
-            "host": sum(m["dur"] for m in marks if m["name"] == PREFIX + name) * 1e-6,
-            "gpu": _covered(intervals[name]) * 1e-6,
-        }
-        for name in PARTS
-    }
+        found = {m["name"].removeprefix(PREFIX) for m in marks if m["ts"] <= launch["ts"] <= m["ts"] + m["dur"]}
+        for name in found - ({"student forward"} if "teacher" in found else set()):
+            intervals[name].append(span)
+    host = {name: [(m["ts"], m["ts"] + m["dur"]) for m in marks if m["name"] == PREFIX + name] for name in PARTS}
+    seconds = {name: _covered(spans) for name, spans in host.items()}
+    seconds["student forward"] = _covered(host["student forward"] + host["teacher"]) - seconds["teacher"]
+    parts = {name: {"host": seconds[name] * 1e-6, "gpu": _covered(intervals[name]) * 1e-6} for name in PARTS}
     busy, computing = _covered([*communication, *computation]), _covered(computation)
     begin = min((e["ts"] for e in marks), default=0.0)
     end = max((e["ts"] + e["dur"] for e in [*marks, *kernels]), default=begin)

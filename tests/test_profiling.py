@@ -44,6 +44,20 @@ def test_kernels_belong_to_the_part_that_launched_them() -> None:
     assert "relation KL 1.500" in profiling.in_words(summary) and "on the GPU" in profiling.in_words(summary)
 
 
+def test_the_teacher_inside_the_students_forward_is_the_teachers() -> None:
+    second = 1e6
+    events = [
+        _mark("student forward", 0, 4 * second),
+        _mark("teacher", 1 * second, 1 * second),
+        _mark("teacher", 3 * second, 0.5 * second),
+        *_kernel("theirs", 1.5 * second, 2 * second, 1 * second, 1),
+        *_kernel("mine", 2.5 * second, 3 * second, 0.5 * second, 2),
+    ]
+    parts = profiling.summarise({"traceEvents": events})["parts"]
+    assert parts["teacher"] == {"host": pytest.approx(1.5), "gpu": pytest.approx(1)}
+    assert parts["student forward"] == {"host": pytest.approx(2.5), "gpu": pytest.approx(0.5)}
+
+
 def test_a_trace_is_written_only_where_asked(tmp_path: Path) -> None:
     device = torch.device("cpu")
     with profiling.traced(None, device), profiling.part("teacher"):

@@ -235,8 +235,7 @@ def forward_kernel(
         tma.async_copy_global_to_shared(q_s, [batch, head, own + i * HALF_ROWS, 0], own_ready, own_s.index(i))
         tma.async_copy_global_to_shared(q_t, [batch, head, own + i * HALF_ROWS, 0], own_ready, own_t.index(i))
 
-    own_tiles = gl.num_programs(1)
-    flags += (sequence * own_tiles + tile - (tiles - own_tiles)) * 2
+    flags += (sequence * gl.num_programs(1) + gl.num_programs(1) - 1 - gl.program_id(1)) * 2
     gl.warp_specialize(
         [
             (_forward_rows, (
