@@ -10,8 +10,9 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .hopper_backward import backward_kernel, finish_kernel
+from .hopper_backward import backward_kernel
 from .hopper_forward import forward_kernel
+from .hopper_gradient import finish_kernel
 from .launch import launch
 from .tiles import HOPPER_ROWS, Pipeline, divide_last_wave, grid
 from .torch_backend import Operands
@@ -112,9 +113,11 @@ def backward(
     key_grad = torch.zeros(gradient_shape(k, pipeline), dtype=torch.float32, device=k.device)
     grad = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     names, bounds = segments or (sum_s, sum_s)
+    together = grid(tiles, batch * heads, _multiprocessors(q.device))[0]
+    counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     launch(
         backward_kernel,
-        grid(tiles, batch * heads, _multiprocessors(q.device)),
+        min(tiles * batch * heads, _multiprocessors(q.device)),
         *_descriptors(operands, pipeline),
         names,
         bounds,
@@ -126,8 +129,12 @@ def backward(
         sum_s if unit is None else unit,
         _gradient_descriptor(key_grad, pipeline),
         grad,
+        counter,
         heads,
         heads // k.shape[1],
+        together,
+        tiles,
+        tiles * batch * heads,
         seq_len,
         0,
         seq_len,
@@ -248,9 +255,11 @@ def backward_visit(
     whole, parts = tiles, 1
     if segments is None and not visit.diagonal:
         whole, parts = divide_last_wave(tiles, -(-places.keys_end // pipeline.block_n), _multiprocessors(k_grad.device))
+    items = whole + (tiles - whole) * parts
+    counter = torch.zeros(1, dtype=torch.int32, device=k_grad.device)
     launch(
         backward_kernel,
-        whole + (tiles - whole) * parts,
+        min(items, _multiprocessors(k_grad.device)),
         *_descriptors(Operands(visit.q_s, visit.k_s, visit.q_t, visit.k_t, False), pipeline),
         *(segments or (row_grad, row_grad)),
         *statistics,
@@ -258,8 +267,12 @@ def backward_visit(
         row_grad,
         _gradient_descriptor(k_grad, pipeline),
         _gradient_descriptor(q_grad, pipeline),
+        counter,
         heads,
         heads // visit.k_s.shape[1],
+        1,
+        -(-rows // HOPPER_ROWS),
+        items,
         places.seq_len,
         places.first_row,
         places.keys_end,

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma
 
 from .tiles import HOPPER_ROWS
 
@@ -38,20 +38,21 @@ def exponent(x, scale, offset):
 
 
 @gluon.jit
-def names_of(segments, tokens, seq_len):
-    """What segment each token is in: negative for padding and beyond the sequence."""
-    return gl.load(segments + tokens, mask=tokens < seq_len, other=-1)
+def names_of(segments, tokens, seq_len, alike):
+    """What segment each token is in: negative for padding and beyond the sequence. Where all are known to be alike,
+    this is segment 0, and nothing is read that would have to be waited for."""
+    return gl.load(segments + tokens, mask=(tokens < seq_len) & (alike == 0), other=gl.where(alike, 0, -1))
 
 
 @gluon.jit
-def visible_pairs(segments, rows, keys, seq_len, keys_end, SEGMENTS: gl.constexpr, VISIT: gl.constexpr):
-    """[rows, keys]: whether the key is at or before the row and, with SEGMENTS, in its segment."""
+def visible_pairs(segments, rows, keys, seq_len, keys_end, alike, SEGMENTS: gl.constexpr, VISIT: gl.constexpr):
+    """[rows, keys]: whether the key is at or before the row and, with SEGMENTS, in its segment; see `names_of`."""
     visible = keys[None, :] <= rows[:, None]
     if VISIT:
         visible = visible & (keys < keys_end)[None, :]
     if SEGMENTS:
-        row_names = names_of(segments, rows, seq_len)
-        key_names = names_of(segments, keys, seq_len)
+        row_names = names_of(segments, rows, seq_len, alike)
+        key_names = names_of(segments, keys, seq_len, alike)
         visible = visible & (key_names[None, :] == row_names[:, None]) & (key_names >= 0)[None, :]
     return visible
 
@@ -82,17 +83,53 @@ def logits(x, y, none, K: gl.constexpr):
 @gluon.jit
 def span(bounds, tile, tiles, batch, keys_end, N: gl.constexpr, SEGMENTS: gl.constexpr, VISIT: gl.constexpr):
     """(first token of the last tile of keys; tiles of keys to visit from there backwards, one at least; how many of
-    them, counted from there, need no mask but in the first)."""
+    them, counted from there, need no mask but in the first; what the rows are, of `segment_kernels.tile_bounds`)."""
     # The compiler is to see that this is where the rows begin, for N = ROWS: half of the pairs need no work then.
     last = tile * ROWS + ROWS - N
     if VISIT:
         last = gl.minimum(last, gl.cdiv(keys_end, N) * N - N)
     lo = 0
     lo_full = 0
+    kind = 0
     if SEGMENTS:
-        lo = gl.load(bounds + (batch * tiles + tile) * 4)
-        lo_full = gl.load(bounds + (batch * tiles + tile) * 4 + 1)
+        place = (batch * tiles + tile) * 5
+        lo = gl.load(bounds + place)
+        lo_full = gl.load(bounds + place + 1)
+        kind = gl.load(bounds + place + 4)
     count = gl.cdiv(last + N - lo, N)
     if VISIT:
         count = gl.maximum(count, 1)
-    return last, count, gl.maximum(gl.cdiv(last + N - lo_full, N), 1)
+    return last, count, gl.maximum(gl.cdiv(last + N - lo_full, N), 1), kind
+
+
+@gluon.jit
+def post(box, posted, taken, phase, batch, head, key_head, tile, last, count, full, begin):
+    """Tell both warpgroups of a row tile; a count of 0 is the end."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([8], [32], [1], [0])
+    field = gl.arange(0, 8, LAYOUT)
+    x = gl.where(field == 0, batch, gl.where(field == 1, head, gl.where(field == 2, key_head, tile)))
+    x = gl.where(field == 4, last, gl.where(field == 5, count, gl.where(field == 6, full, x)))
+    x = gl.where(field == 7, begin, x)
+    mbarrier.wait(taken, phase)
+    box.store(x)
+    barrier()
+    mbarrier.arrive(posted)
+
+
+@gluon.jit
+def receive(box, posted, taken, phase):
+    """What `post` was given, in one of the two warpgroups."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([8], [32], [4], [0])
+    field = gl.arange(0, 8, LAYOUT)
+    mbarrier.wait(posted, phase)
+    x = box.load(LAYOUT)
+    mbarrier.arrive(taken)
+    batch = gl.sum(gl.where(field == 0, x, 0), 0)
+    head = gl.sum(gl.where(field == 1, x, 0), 0)
+    key_head = gl.sum(gl.where(field == 2, x, 0), 0)
+    tile = gl.sum(gl.where(field == 3, x, 0), 0)
+    last = gl.sum(gl.where(field == 4, x, 0), 0)
+    count = gl.sum(gl.where(field == 5, x, 0), 0)
+    full = gl.sum(gl.where(field == 6, x, 0), 0)
+    begin = gl.sum(gl.where(field == 7, x, 0), 0)
+    return batch, head, key_head, tile, last, count, full, begin

@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper_common import HALF_ROWS, MASKED, ROWS, exponent, logits, names_of, own_logits, span, visible_pairs
+from .segment_kernels import ALIKE
 
 # Sums relative to the own logit that are larger are kept as minus their logarithm.
 _LARGE = gl.constexpr(2.0**80)
@@ -66,7 +67,7 @@ def _forward_fetch(
 @gluon.jit
 def _forward_rows(
     segments, kl, pivot_s, pivot_t, sum_s, sum_t, flags, sequence, tile_start, last, count, full, seq_len,
-    first_row, keys_end, log2_scale, own_s, own_t, own_ready, ring, ready, free,
+    first_row, keys_end, kind, log2_scale, own_s, own_t, own_ready, ring, ready, free,
     HALF: gl.constexpr, N: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SLOTS: gl.constexpr, SEGMENTS: gl.constexpr,
     VISIT: gl.constexpr,
 ):  # fmt: skip
@@ -103,11 +104,12 @@ def _forward_rows(
         place = sequence.to(gl.int64) * (seq_len - first_row) + rows - first_row
         m_s = gl.load(pivot_s + place, mask=rows < seq_len, other=0.0)
         m_t = gl.load(pivot_t + place, mask=rows < seq_len, other=0.0)
-        visible = visible_pairs(segments, rows, keys, seq_len, keys_end, SEGMENTS, VISIT)
+        # Whose keys they are, whether the rows are alike does not tell.
+        visible = visible_pairs(segments, rows, keys, seq_len, keys_end, False, SEGMENTS, VISIT)
     else:
         own_logit_s = own_logits(s, rows, keys, log2_scale)
         own_logit_t = own_logits(t, rows, keys, log2_scale)
-        visible = visible_pairs(segments, rows, keys, seq_len, keys_end, SEGMENTS, VISIT)
+        visible = visible_pairs(segments, rows, keys, seq_len, keys_end, kind == ALIKE, SEGMENTS, VISIT)
         m_s = gl.max(gl.where(visible, s * log2_scale, MASKED), 1)
         m_t = gl.max(gl.where(visible, t * log2_scale, MASKED), 1)
     z_s = gl.where(visible, exponent(s, log2_scale, m_s), MASKED)
@@ -155,7 +157,7 @@ def _forward_rows(
             mbarrier.arrive(free.index(slot_s))
             mbarrier.arrive(free.index(slot_t))
             visible = visible_pairs(
-                segments, rows, last - j * N + gl.arange(0, N, OF_KEYS), seq_len, keys_end, SEGMENTS, VISIT
+                segments, rows, last - j * N + gl.arange(0, N, OF_KEYS), seq_len, keys_end, False, SEGMENTS, VISIT
             )
             z_s = gl.where(visible, exponent(s, log2_scale, m_s), MASKED)
             z_t = gl.where(visible, exponent(t, log2_scale, m_t), MASKED)
@@ -174,7 +176,7 @@ def _forward_rows(
     inside = rows < seq_len
     live = inside
     if SEGMENTS:
-        live = names_of(segments, rows, seq_len) >= 0
+        live = names_of(segments, rows, seq_len, kind == ALIKE) >= 0
     if VISIT:
         place = sequence.to(gl.int64) * (seq_len - first_row) + rows - first_row
         gl.store(kl + place, a, mask=inside)
@@ -214,7 +216,7 @@ def forward_kernel(
     head = sequence % heads
     start = tile * ROWS
     segments += batch.to(gl.int64) * seq_len
-    last, count, full = span(bounds, tile, tiles, batch, keys_end, N, SEGMENTS, VISIT)
+    last, count, full, kind = span(bounds, tile, tiles, batch, keys_end, N, SEGMENTS, VISIT)
     own = start
     if VISIT:
         own = start - first_row
@@ -240,12 +242,12 @@ def forward_kernel(
         [
             (_forward_rows, (
                 segments, kl, pivot_s, pivot_t, sum_s, sum_t, flags, sequence, start, last, count, full, seq_len,
-                first_row, keys_end, log2_scale, own_s, own_t, own_ready, ring, ready, free,
+                first_row, keys_end, kind, log2_scale, own_s, own_t, own_ready, ring, ready, free,
                 0, N, D, K, SLOTS, SEGMENTS, VISIT,
             )),
             (_forward_rows, (
                 segments, kl, pivot_s, pivot_t, sum_s, sum_t, flags, sequence, start, last, count, full, seq_len,
-                first_row, keys_end, log2_scale, own_s, own_t, own_ready, ring, ready, free,
+                first_row, keys_end, kind, log2_scale, own_s, own_t, own_ready, ring, ready, free,
                 1, N, D, K, SLOTS, SEGMENTS, VISIT,
             )),
             (_forward_fetch, (k_s, k_t, batch, head // group, last, count, ring, ready, free, N, D, SLOTS)),

@@ -18,6 +18,8 @@ from .launch import launch
 
 # The least id of a tile that has none.
 _NO_ID = tl.constexpr(2**63 - 1)
+# What a row tile is made of; see `tile_bounds`.
+MIXED, ALIKE, PADDED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # Tokens that a program of the first kernel reads, and tiles that one of the second reads at a time.
 _TOKENS = 1024
 _CHUNK = 1024
@@ -25,10 +27,11 @@ _CHUNK = 1024
 
 @triton.jit(do_not_specialize=["seq_len"])
 def tile_ranges_kernel(segment_ids, ranges, seq_len, BLOCK_N: tl.constexpr, TILES: tl.constexpr):
-    """TILES tiles of one sequence; ranges is int64 [B, 3, tiles].
+    """TILES tiles of one sequence; ranges is int64 [B, 4, tiles].
 
     For each tile: its least id and its largest, not counting negative ones (_NO_ID and a negative number where there
-    is no other), then the id that every one of its BLOCK_N tokens has, negative where there is none.
+    is no other), then the id that every one of its BLOCK_N tokens has, negative where there is none, and a negative
+    number where it has padding or ends beyond the sequence.
     """
     tiles = tl.cdiv(seq_len, BLOCK_N)
     programs = tl.cdiv(tiles, TILES)
@@ -38,11 +41,13 @@ def tile_ranges_kernel(segment_ids, ranges, seq_len, BLOCK_N: tl.constexpr, TILE
     ids = tl.load(segment_ids + batch * seq_len + tokens, mask=tokens < seq_len, other=-1).to(tl.int64)
     least = tl.min(tl.where(ids >= 0, ids, _NO_ID), 1)
     largest = tl.max(ids, 1)
-    only = tl.where(tl.min(ids, 1) == largest, largest, -1)
-    place = ranges + batch * 3 * tiles + tile
+    any_least = tl.min(ids, 1)
+    only = tl.where(any_least == largest, largest, -1)
+    place = ranges + batch * 4 * tiles + tile
     tl.store(place, least, mask=tile < tiles)
     tl.store(place + tiles, largest, mask=tile < tiles)
     tl.store(place + 2 * tiles, only, mask=tile < tiles)
+    tl.store(place + 3 * tiles, any_least, mask=tile < tiles)
 
 
 @triton.jit(do_not_specialize=["seq_len"])
@@ -51,13 +56,15 @@ def tile_bounds_kernel(ranges, bounds, seq_len, BLOCK_M: tl.constexpr, BLOCK_N: 
     tiles = tl.cdiv(seq_len, BLOCK_N)
     row_tiles = tl.cdiv(seq_len, BLOCK_M)
     row_tile = tl.program_id(0) % row_tiles
-    ranges += (tl.program_id(0) // row_tiles).to(tl.int64) * 3 * tiles
+    ranges += (tl.program_id(0) // row_tiles).to(tl.int64) * 4 * tiles
     # The row tile is the tiles [before, after), of which the last may lie beyond the sequence.
     before = row_tile * (BLOCK_M // BLOCK_N)
     after = before + BLOCK_M // BLOCK_N
     own = before + tl.arange(0, BLOCK_M // BLOCK_N)
     least = tl.min(tl.load(ranges + own, mask=own < tiles, other=_NO_ID), 0)
     largest = tl.max(tl.load(ranges + tiles + own, mask=own < tiles, other=-1), 0)
+    alike = tl.min((tl.load(ranges + 2 * tiles + own, mask=own < tiles, other=-1) == least).to(tl.int32), 0) > 0
+    padded = tl.min(tl.load(ranges + 3 * tiles + own, mask=own < tiles, other=-1), 0) < 0
 
     first, last = before, after
     first_full, last_full = before * 0, tiles
@@ -78,11 +85,12 @@ def tile_bounds_kernel(ranges, bounds, seq_len, BLOCK_M: tl.constexpr, BLOCK_N: 
     some = largest >= 0
     # Rows of padding do not count: what they see is dropped.
     single = least == largest
-    bounds += tl.program_id(0).to(tl.int64) * 4
+    bounds += tl.program_id(0).to(tl.int64) * 5
     tl.store(bounds, tl.where(some, first * BLOCK_N, start))
     tl.store(bounds + 1, tl.where(single, first_full * BLOCK_N, start))
     tl.store(bounds + 2, tl.where(single, tl.minimum(last_full * BLOCK_N, seq_len), tl.where(some, end, start)))
     tl.store(bounds + 3, tl.where(some, tl.minimum(last * BLOCK_N, seq_len), start))
+    tl.store(bounds + 4, tl.where(padded, PADDED, tl.where(alike, ALIKE, MIXED)))
 
 
 def tile_bounds(segment_ids: Tensor, block_m: int, block_n: int) -> Tensor:
@@ -94,19 +102,21 @@ def tile_bounds(segment_ids: Tensor, block_m: int, block_n: int) -> Tensor:
         block_n: tokens a visited tile.
 
     Returns:
-        int32 [B, ceil(T / block_m), 4], token indices (lo, lo_full, hi_full, hi): with s the first row and e the end
+        int32 [B, ceil(T / block_m), 5]. Token indices lo, lo_full, hi_full, hi: with s the first row and e the end
         of the row tile, visit [lo, s) and, for the transposed side, [e, hi); within [lo_full, s) and [e, hi_full)
         every token shares a segment with every row but those of padding, and needs no mask. lo and lo_full are
         multiples of block_n; hi_full - e is one, and hi - e one or hi is T. A tile of padding only has
-        lo = lo_full = hi_full = hi = s: not even its own diagonal is to be visited.
+        lo = lo_full = hi_full = hi = s: not even its own diagonal is to be visited. Then what the row
+        tile is made of: PADDED where some of its block_m tokens are padding or beyond the sequence; otherwise ALIKE
+        where all are in one segment, or MIXED.
     """
     assert block_m % block_n == 0, (block_m, block_n)
     assert segment_ids.is_contiguous() and segment_ids.dtype in (torch.int32, torch.int64), segment_ids.dtype
     batch, seq_len = segment_ids.shape
     tiles, row_tiles = -(-seq_len // block_n), -(-seq_len // block_m)
     at_once = max(1, _TOKENS // block_n)
-    ranges = torch.empty(batch, 3, tiles, dtype=torch.int64, device=segment_ids.device)
-    bounds = torch.empty(batch, row_tiles, 4, dtype=torch.int32, device=segment_ids.device)
+    ranges = torch.empty(batch, 4, tiles, dtype=torch.int64, device=segment_ids.device)
+    bounds = torch.empty(batch, row_tiles, 5, dtype=torch.int32, device=segment_ids.device)
     of_ranges: dict[str, Any] = {"BLOCK_N": block_n, "TILES": at_once}
     of_bounds: dict[str, Any] = {"BLOCK_M": block_m, "BLOCK_N": block_n, "CHUNK": _CHUNK}
     with torch.cuda.device_of(segment_ids):

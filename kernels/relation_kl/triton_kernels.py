@@ -47,10 +47,10 @@ def _bounds(bounds, index, start, seq_len, BLOCK_M: tl.constexpr, BLOCK_N: tl.co
     """(lo, lo_full, end, hi_full, hi) of `segment_kernels.tile_bounds`; end = start for a tile of padding."""
     end = tl.minimum(start + BLOCK_M, seq_len)
     if SEGMENTS:
-        lo = tl.load(bounds + index * 4)
-        lo_full = tl.load(bounds + index * 4 + 1)
-        hi_full = tl.load(bounds + index * 4 + 2)
-        hi = tl.load(bounds + index * 4 + 3)
+        lo = tl.load(bounds + index * 5)
+        lo_full = tl.load(bounds + index * 5 + 1)
+        hi_full = tl.load(bounds + index * 5 + 2)
+        hi = tl.load(bounds + index * 5 + 3)
         end = tl.minimum(end, hi)
         return lo, lo_full, end, hi_full, hi
     else:

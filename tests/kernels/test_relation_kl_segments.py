@@ -9,7 +9,7 @@ import relation_kl as rk
 import tile_bounds_reference as reference
 import torch
 from relation_kl import segment_kernels
-from relation_kl.segment_kernels import tile_bounds
+from relation_kl.segment_kernels import ALIKE, MIXED, PADDED, tile_bounds
 from relation_kl.tiles import HOPPER_ROWS, divide_last_wave, grid, pad_head_dim, pick_pipeline, pick_tiles
 from relation_kl_checks import segment_ids_of
 
@@ -62,12 +62,15 @@ def check_bounds(ids: torch.Tensor, bounds: torch.Tensor, block_m: int, block_n:
     seq_len = ids.shape[1]
     index = torch.arange(seq_len)
     related = reference.related(ids)
-    assert bounds.shape == (len(ids), -(-seq_len // block_m), 4) and bounds.dtype == torch.int32
+    assert bounds.shape == (len(ids), -(-seq_len // block_m), 5) and bounds.dtype == torch.int32
     for batch in range(len(ids)):
         for tile in range(bounds.shape[1]):
             start, end = tile * block_m, min((tile + 1) * block_m, seq_len)
-            lo, lo_full, hi_full, hi = bounds[batch, tile].tolist()
+            lo, lo_full, hi_full, hi, kind = bounds[batch, tile].tolist()
             live = ids[batch, start:end] >= 0
+            whole = end - start == block_m and bool(live.all())
+            alike = ALIKE if related[batch, start:end, start:end].all() else MIXED
+            assert kind == (alike if whole else PADDED).value
             if not live.any():
                 assert lo == lo_full == hi_full == hi == start
                 continue
@@ -90,7 +93,7 @@ def test_tile_bounds(kind: str, seq_len: int, block_m: int, block_n: int, device
     bounds = tile_bounds(ids.contiguous().to(device), block_m, block_n).cpu()
     check_bounds(ids, bounds, block_m, block_n)
     if kind != "scattered":
-        assert torch.equal(bounds, reference.tile_bounds(ids, block_m, block_n))
+        assert torch.equal(bounds[..., :4], reference.tile_bounds(ids, block_m, block_n))
 
 
 def random_ids(kind: str, batch: int, seq_len: int) -> torch.Tensor:
@@ -130,7 +133,7 @@ def test_tile_bounds_of_random_segments(
         bounds = tile_bounds(ids.to(device), block_m, block_n).cpu()
         check_bounds(ids, bounds, block_m, block_n)
         if kind in ("rising", "falling"):
-            assert torch.equal(bounds, reference.tile_bounds(ids, block_m, block_n))
+            assert torch.equal(bounds[..., :4], reference.tile_bounds(ids, block_m, block_n))
 
 
 def test_work_falls_with_the_square_of_the_segment_length(device: torch.device) -> None:

@@ -12,7 +12,7 @@ def related(segment_ids: Tensor) -> Tensor:
 
 
 def tile_bounds(segment_ids: Tensor, block_m: int, block_n: int) -> Tensor:
-    """What `segment_kernels.tile_bounds` may return at best, int32 [B, ceil(T / block_m), 4]."""
+    """lo, lo_full, hi_full and hi of `segment_kernels.tile_bounds` at best, int32 [B, ceil(T / block_m), 4]."""
     seq_len = segment_ids.shape[1]
     bounds = [
         [_bounds(pairs, live, start, block_m, block_n) for start in range(0, seq_len, block_m)]
