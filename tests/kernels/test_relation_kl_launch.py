@@ -11,6 +11,7 @@ import triton.language as tl
 from relation_kl import hopper_backend, segment_kernels, triton_backend
 from relation_kl import launch as module
 from relation_kl.launch import launch
+from relation_kl.tiles import HOPPER_ROWS
 from relation_kl.torch_backend import Operands
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -203,8 +204,19 @@ def operands(
 @pytest.mark.parametrize("segments", [None, torch.int64, torch.int32], ids=["one", "int64", "int32"])
 def test_hopper_kernels(segments: torch.dtype | None, recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the package launches them, forward and backward, one shape after the other."""
+
+    def checked(kernel: Any, programs: Any, *arguments: Any, **constants: Any) -> None:
+        named = dict(zip(kernel.arg_names, arguments, strict=False))
+        if "counter" in named:
+            # Every program begins by taking one of the row tiles, which must be there from the first to the last.
+            assert named["counter"].tolist() == [0] and named["counter"].dtype == torch.int32
+            batch, heads, tokens, _ = named["q_s"].shape
+            assert named["items"] == batch * heads * -(-tokens // HOPPER_ROWS) and 1 <= programs <= named["items"]
+            assert named["items"] % (named["together"] * named["own_tiles"]) == 0
+        recorder.launch(kernel, programs, *arguments, **constants)
+
     for backend in (hopper_backend, triton_backend, segment_kernels):
-        monkeypatch.setattr(backend, "launch", recorder.launch)
+        monkeypatch.setattr(backend, "launch", checked)
     monkeypatch.setattr(triton_backend, "_architecture", lambda device: "sm_90")
     cases = [
         operands(2, None, seq_len, head_dim, dtype)
