@@ -67,9 +67,8 @@ def test_hopper_kernels(
         assert constants["D"] == head_dim, kernel
         assert kernel["shared"] <= _HOPPER, kernel
         assert not kernel["serialized"], kernel
-        # attention_kl's writes its rows' gradient itself, for which registers are kept over the whole loop.
-        most = 64 if constants.get("SELF", True) or constants["VISIT"] else 200
-        assert max(kernel["spill_stores"], kernel["spill_loads"]) <= most, kernel
+        plain = not constants["SEGMENTS"] and (constants.get("SELF", True) or constants["VISIT"])
+        assert max(kernel["spill_stores"], kernel["spill_loads"]) <= (64 if plain else 256), kernel
 
 
 def test_general_kernels(tmp_path_factory: pytest.TempPathFactory) -> None:
