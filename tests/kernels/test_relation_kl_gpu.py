@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import relation_kl as rk
 import torch
+from relation_kl import hopper_backend
 from relation_kl_checks import check, evaluate, make_case
 from torch import Tensor
 
@@ -95,6 +96,18 @@ def test_segments(segments: str, key_heads: int | None) -> None:
     """Padding is NaN in the student and inf in the teacher."""
     check(make_case(2, 4, 700, 128, torch.bfloat16, segments, key_heads=key_heads, device="cuda"), "triton")
     check(make_case(2, 4, 700, 64, torch.float16, segments, key_heads=key_heads, device="cuda"), "triton")
+
+
+@pytest.mark.parametrize("segments", ["none", "left", "windows", "documents", "scattered"])
+@pytest.mark.parametrize("key_heads", [None, 2])
+def test_few_programs_share_all_row_tiles(
+    segments: str, key_heads: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes many of them, with padding and without in turn, as on a long sequence."""
+    for programs in (1, 3):
+        monkeypatch.setattr(hopper_backend, "_multiprocessors", lambda device, programs=programs: programs)
+        check(make_case(2, 4, 700, 128, torch.bfloat16, segments, key_heads=key_heads, device="cuda"), "triton")
+        check(make_case(2, 4, 700, 64, torch.float16, segments, key_heads=key_heads, device="cuda"), "triton")
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, -0.05, 0.0])

@@ -134,6 +134,15 @@ def test_kernels(kind: str, dtype: torch.dtype, device: torch.device) -> None:
                 check(triton_visit, dtype, dim, each, keys, rows, kind, device)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["one", "crossing", "documents"])
+def test_few_programs_share_all_row_tiles(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes many of them, whole ones and parts."""
+    for programs in (1, 5):
+        monkeypatch.setattr(hopper_backend, "_multiprocessors", lambda device, programs=programs: programs)
+        check(triton_visit, torch.bfloat16, 128, (4, 2), 700, 500, kind, torch.device("cuda"))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loud_keys(dtype: torch.dtype, device: torch.device) -> None:
     """Logits far beyond the rows' own: pivots that do not bear them are given up for a running maximum."""
