@@ -36,8 +36,8 @@ class Gpu:
     measured: bool = False
 
 
-# H200: relation and attention from the figures in kernels/relation_kl/README.md (relation_kl 49.9 ms and SDPA 56.4 ms
-# at 32K tokens, 32 heads, forward and backward), extrapolated to infinite length; a large matrix product reaches 811
+# H200: relation and attention from kernels/relation_kl's benchmark of commit 30c7054 (relation_kl 49.9 ms and SDPA 56.4
+# ms at 32K tokens, 32 heads, forward and backward), extrapolated to infinite length; a large matrix product reaches 811
 # TFLOP/s there, and 700 is what fits the early 7B step of `costs` together with `costs.ELEMENTWISE`. Memory and links:
 # 0.83 and 0.8 of the data sheets' 4,800, 450 and 50 GB/s, not measured. The others: the H200's shares of their data
 # sheets.

@@ -135,6 +135,7 @@ def backward(
         together,
         tiles,
         tiles * batch * heads,
+        tiles * batch * heads,
         seq_len,
         0,
         seq_len,
@@ -259,7 +260,7 @@ def backward_visit(
     counter = torch.zeros(1, dtype=torch.int32, device=k_grad.device)
     launch(
         backward_kernel,
-        min(items, _multiprocessors(k_grad.device)),
+        items,  # a piece each: between them the exchanges' kernels find multiprocessors
         *_descriptors(Operands(visit.q_s, visit.k_s, visit.q_t, visit.k_t, False), pipeline),
         *(segments or (row_grad, row_grad)),
         *statistics,
@@ -273,6 +274,7 @@ def backward_visit(
         1,
         -(-rows // HOPPER_ROWS),
         items,
+        1,
         places.seq_len,
         places.first_row,
         places.keys_end,

@@ -32,7 +32,7 @@ from .hopper_gradient import add_up, in_register_order, send
 from .segment_kernels import ALIKE, PADDED
 
 _INTEGERS = [
-    *("heads", "group", "together", "own_tiles", "items"),
+    *("heads", "group", "together", "own_tiles", "items", "most"),
     *("seq_len", "first_row", "keys_end", "whole", "parts"),
 ]
 
@@ -84,7 +84,7 @@ def _turned(j, tile, begin, count, VISIT: gl.constexpr):
 
 @gluon.jit
 def _backward_fetch(
-    q_s, k_s, q_t, k_t, bounds, counter, heads, group, together, own_tiles, items, seq_len, first_row, keys_end,
+    q_s, k_s, q_t, k_t, bounds, counter, heads, group, together, own_tiles, items, most, seq_len, first_row, keys_end,
     whole, parts, box, posted, taken, own, own_ready, ring_s, ring_t, ready_s, ready_t, free_s, free_t,
     N: gl.constexpr, D: gl.constexpr, SEGMENTS: gl.constexpr, VISIT: gl.constexpr,
 ):  # fmt: skip
@@ -125,7 +125,8 @@ def _backward_fetch(
             tma.async_copy_global_to_shared(k_t, at, ready_t, ring_t.index(0))
             fetched += 1
             if j == 0:
-                # The last row tile is done with its rows as soon as it is with its last keys.
+                # The last row tile is done with its rows as soon as it is with its last keys; the useless teacher's
+                # product after those may read what comes.
                 before = fetched - 2
                 mbarrier.wait(free_s.index(slot ^ 1), (before // 2) & 1, pred=before >= 0)
                 mbarrier.expect(own_ready, 2 * ROWS * D * 2)
@@ -134,7 +135,9 @@ def _backward_fetch(
                     tma.async_copy_global_to_shared(q_s, here, own_ready, own.index(i))
                     tma.async_copy_global_to_shared(q_t, here, own_ready, own.index(2 + i))
         done += 1
-        number = gl.atomic_add(counter, 1)
+        number = items
+        if done < most:
+            number = gl.atomic_add(counter, 1)
     post(box, posted, taken, (done & 1) ^ 1, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
@@ -301,7 +304,7 @@ def _backward_rows(
 @gluon.jit(do_not_specialize=_INTEGERS)
 def backward_kernel(
     q_s, k_s, q_t, k_t, segments, bounds, pivot_s, pivot_t, sum_s, sum_t, row_grad, unit, key_grad, grad, counter,
-    heads, group, together, own_tiles, items, seq_len, first_row, keys_end, whole, parts, channels, log2_scale,
+    heads, group, together, own_tiles, items, most, seq_len, first_row, keys_end, whole, parts, channels, log2_scale,
     softmax_scale,
     N: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SEGMENTS: gl.constexpr, SELF: gl.constexpr, NARROW: gl.constexpr,
     VISIT: gl.constexpr,
@@ -313,9 +316,9 @@ def backward_kernel(
     SELF the rows' is too; else it goes to grad [B, H, T, channels], finished. With NARROW, row_grad is in units of
     unit[0].
 
-    Any number of programs do `items` pieces of work between them: each takes the next one by `counter`, int32 [1], 0 at
-    first, when it is through with the last. A piece is one of a sequence's own_tiles row tiles, in the order of
-    `tiles.grid`, whose first number is `together`.
+    Programs do `items` pieces of work between them: when through with one, each takes the next by `counter`, int32 [1],
+    0 at first, up to `most` of them; together they must be able to take all. A piece is one of a sequence's own_tiles
+    row tiles, in the order of `tiles.grid`, whose first number is `together`.
 
     In a visit grad is a descriptor like key_grad, of the rows, to which theirs is added; unit is not looked at. Of the
     row tiles, in order, those behind the first `whole` are `parts` pieces each, which divide their keys. Pivots,
@@ -366,7 +369,7 @@ def backward_kernel(
                 weights, weights_ready, weights_free, stage, 1, N, D, K, SEGMENTS, SELF, NARROW, VISIT,
             )),
             (_backward_fetch, (
-                q_s, k_s, q_t, k_t, bounds, counter, heads, group, together, own_tiles, items, seq_len, first_row,
+                q_s, k_s, q_t, k_t, bounds, counter, heads, group, together, own_tiles, items, most, seq_len, first_row,
                 keys_end, whole, parts, box, posted, taken, own, own_ready, ring_s, ring_t, ready_s, ready_t, free_s,
                 free_t, N, D, SEGMENTS, VISIT,
             )),

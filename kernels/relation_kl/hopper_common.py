@@ -1,7 +1,8 @@
 """What the two Hopper kernels share, in Gluon, Triton's language of explicit layouts, memory and barriers.
 
-The kernels run on compute capability 9.0, for 16-bit inputs of up to 128 channels. A program owns 128 rows of one
-head. Two warpgroups do 64 of them each; a warp beside them fetches the tiles of keys with TMA. Products are issued
+The kernels run on compute capability 9.0, for 16-bit inputs of up to 128 channels. Work comes in row tiles, 128 rows of
+one head: one a program in forward, one after the other in backward. Two warpgroups do 64 rows each; a warp beside them
+fetches the tiles of keys with TMA. Products are issued
 asynchronously, and each place that waits says for what. Tiles of keys are visited from the diagonal backwards. What was
 tried besides, and what it gave, is in README.md.
 
@@ -26,7 +27,7 @@ from .tiles import HOPPER_ROWS
 barrier = getattr(gl, "barrier" if hasattr(gl, "barrier") else "thread_barrier")
 # Stands for -inf, but its differences are no NaN.
 MASKED = gl.constexpr(-1e30)
-# Rows of a program, and of one of its two warpgroups.
+# Rows of a row tile, and of one of the two warpgroups.
 ROWS = gl.constexpr(HOPPER_ROWS)
 HALF_ROWS = gl.constexpr(HOPPER_ROWS // 2)
 

@@ -25,13 +25,13 @@ class Tiles:
     backward: Tile
 
 
-# Rows a program of the Hopper kernels.
+# Rows a row tile of the Hopper kernels.
 HOPPER_ROWS = 128
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The shapes of the Hopper kernels: HOPPER_ROWS rows a program against block_n keys at a time.
+    """The shapes of the Hopper kernels: HOPPER_ROWS rows against block_n keys at a time.
 
     Vectors are padded to block_d channels; logits are taken over the first block_k of them. `slots` is the number of
     buffers of keys, the student's and the teacher's counted singly, in the forward kernel.
@@ -115,11 +115,11 @@ def pick_pipeline(architecture: str, head_dim: int, element_size: int) -> Pipeli
 
 @lru_cache(maxsize=1024)
 def grid(tiles: int, sequences: int, multiprocessors: int) -> tuple[int, int, int]:
-    """The grid of programs that own a row tile each, of which the last ones of a sequence take longest.
+    """The order of row tiles, of which the last ones of a sequence take longest: forward's grid, backward's counter.
 
-    Programs start in the order of the grid, the first number running fastest: the longest ones of some sequences
-    together go first, so that few multiprocessors wait for a long one at the end. No more sequences together than
-    that takes, for their keys are to stay in the cache.
+    The first number runs fastest, and row tiles descend: the longest ones of some sequences together go first, so that
+    few multiprocessors wait for a long one at the end. No more sequences together than that takes, for their keys are
+    to stay in the cache.
 
     Args:
         tiles: row tiles of a sequence.
@@ -140,21 +140,21 @@ def grid(tiles: int, sequences: int, multiprocessors: int) -> tuple[int, int, in
 
 
 def _makespan(tiles: int, sequences: int, together: int, multiprocessors: int) -> float:
-    """How long the programs take, over what they would with all multiprocessors busy until the end."""
+    """How long the row tiles take, over what they would with all multiprocessors busy until the end."""
     busy = [0] * multiprocessors
     for _ in range(sequences // together):
         for tile in range(tiles, 0, -1):
             for _ in range(together):
-                # One tile of keys more is what a program takes to begin and to end.
+                # One tile of keys more is what a row tile takes to begin and to end.
                 heapq.heapreplace(busy, busy[0] + tile + 1)
     return max(busy) / (sum(busy) / multiprocessors)
 
 
 def divide_last_wave(tiles: int, key_tiles: int, multiprocessors: int) -> tuple[int, int]:
-    """How row tiles that all take equally long, one program each, are spread where a program fills a multiprocessor.
+    """How row tiles that all take equally long are cut into pieces of work, of which each fills a multiprocessor.
 
     Where there are a few more than fill all multiprocessors some times over, the last ones would run almost alone:
-    those are divided by their keys, into 8 programs at most.
+    those are divided by their keys, into 8 pieces at most.
 
     Args:
         tiles: row tiles.
@@ -162,7 +162,7 @@ def divide_last_wave(tiles: int, key_tiles: int, multiprocessors: int) -> tuple[
         multiprocessors: of the GPU.
 
     Returns:
-        (row tiles with one program, programs of each of the others).
+        (row tiles of one piece, pieces of each of the others).
     """
     rest = tiles % multiprocessors
     possible = [parts for parts in (1, 2, 4, 8) if parts <= key_tiles]

@@ -276,7 +276,7 @@ def _names(segment_ids: Tensor | None) -> Tensor | None:
 
 
 def _segments(names: Tensor | None, block_m: int, block_n: int) -> tuple[Tensor, Tensor] | None:
-    """The tokens' names [B, T] and the tiles' bounds [B, tiles, 4]."""
+    """The tokens' names [B, T] and the tiles' bounds [B, tiles, 5]."""
     return None if names is None else (names, tile_bounds(names, block_m, block_n))
 
 

@@ -213,6 +213,7 @@ def test_hopper_kernels(segments: torch.dtype | None, recorder: Recorder, monkey
             batch, heads, tokens, _ = named["q_s"].shape
             assert named["items"] == batch * heads * -(-tokens // HOPPER_ROWS) and 1 <= programs <= named["items"]
             assert named["items"] % (named["together"] * named["own_tiles"]) == 0
+            assert programs * named["most"] >= named["items"]
         recorder.launch(kernel, programs, *arguments, **constants)
 
     for backend in (hopper_backend, triton_backend, segment_kernels):

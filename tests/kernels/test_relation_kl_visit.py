@@ -136,10 +136,10 @@ def test_kernels(kind: str, dtype: torch.dtype, device: torch.device) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["one", "crossing", "documents"])
-def test_few_programs_share_all_row_tiles(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each takes many of them, whole ones and parts."""
-    for programs in (1, 5):
-        monkeypatch.setattr(hopper_backend, "_multiprocessors", lambda device, programs=programs: programs)
+def test_row_tiles_in_pieces(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that few of the multiprocessors would be left with are divided by their keys."""
+    for multiprocessors in (5, 7):
+        monkeypatch.setattr(hopper_backend, "_multiprocessors", lambda device, number=multiprocessors: number)
         check(triton_visit, torch.bfloat16, 128, (4, 2), 700, 500, kind, torch.device("cuda"))
 
 
