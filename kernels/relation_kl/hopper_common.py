@@ -2,9 +2,8 @@
 
 The kernels run on compute capability 9.0, for 16-bit inputs of up to 128 channels. Work comes in row tiles, 128 rows of
 one head: one a program in forward, one after the other in backward. Two warpgroups do 64 rows each; a warp beside them
-fetches the tiles of keys with TMA. Products are issued
-asynchronously, and each place that waits says for what. Tiles of keys are visited from the diagonal backwards. What was
-tried besides, and what it gave, is in README.md.
+fetches the tiles of keys with TMA. Products are issued asynchronously, and each place that waits says for what. Tiles
+of keys are visited from the diagonal backwards. What was tried besides, and what it gave, is in README.md.
 
 Logits are kept in units of log 2, so that exponentials are exp2.
 
@@ -105,7 +104,7 @@ def span(bounds, tile, tiles, batch, keys_end, N: gl.constexpr, SEGMENTS: gl.con
 
 @gluon.jit
 def post(box, posted, taken, phase, batch, head, key_head, tile, last, count, full, begin):
-    """Tell both warpgroups of a row tile; a count of 0 is the end."""
+    """In backward, from the warp that fetches: tell both warpgroups of a row tile; a count of 0 is the end."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([8], [32], [1], [0])
     field = gl.arange(0, 8, LAYOUT)
     x = gl.where(field == 0, batch, gl.where(field == 1, head, gl.where(field == 2, key_head, tile)))

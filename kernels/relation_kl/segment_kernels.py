@@ -106,9 +106,9 @@ def tile_bounds(segment_ids: Tensor, block_m: int, block_n: int) -> Tensor:
         of the row tile, visit [lo, s) and, for the transposed side, [e, hi); within [lo_full, s) and [e, hi_full)
         every token shares a segment with every row but those of padding, and needs no mask. lo and lo_full are
         multiples of block_n; hi_full - e is one, and hi - e one or hi is T. A tile of padding only has
-        lo = lo_full = hi_full = hi = s: not even its own diagonal is to be visited. Then what the row
-        tile is made of: PADDED where some of its block_m tokens are padding or beyond the sequence; otherwise ALIKE
-        where all are in one segment, or MIXED.
+        lo = lo_full = hi_full = hi = s: not even its own diagonal is to be visited. Then what the row tile is made of:
+        PADDED where some of its block_m tokens are padding or beyond the sequence; otherwise ALIKE where all are in one
+        segment, or MIXED.
     """
     assert block_m % block_n == 0, (block_m, block_n)
     assert segment_ids.is_contiguous() and segment_ids.dtype in (torch.int32, torch.int64), segment_ids.dtype
