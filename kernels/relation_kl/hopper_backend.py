@@ -110,11 +110,13 @@ def backward(
     q, k = operands.student_q, operands.student_k
     batch, heads, seq_len, channels = q.shape
     tiles = -(-seq_len // HOPPER_ROWS)
-    key_grad = torch.zeros(gradient_shape(k, pipeline), dtype=torch.float32, device=k.device)
+    key_grad = torch.empty(gradient_shape(k, pipeline), dtype=torch.float32, device=k.device)
     grad = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    of_keys = None if operands.self_relation else torch.empty(k.shape, dtype=k.dtype, device=k.device)
     names, bounds = segments or (sum_s, sum_s)
     together = grid(tiles, batch * heads, _multiprocessors(q.device))[0]
-    counter = torch.zeros(1, dtype=torch.int32, device=q.device)
+    sequences = batch * k.shape[1]
+    progress = torch.zeros(4 + 2 * sequences, dtype=torch.int32, device=q.device)
     launch(
         backward_kernel,
         min(tiles * batch * heads, _multiprocessors(q.device)),
@@ -129,30 +131,30 @@ def backward(
         sum_s if unit is None else unit,
         _gradient_descriptor(key_grad, pipeline),
         grad,
-        counter,
+        key_grad,
+        grad if of_keys is None else of_keys,
+        progress,
         heads,
+        k.shape[1],
         heads // k.shape[1],
         together,
         tiles,
         tiles * batch * heads,
         tiles * batch * heads,
+        sequences,
         seq_len,
         0,
         seq_len,
         0,
         1,
-        channels,
         softmax_scale * _LOG2_E,
         softmax_scale,
+        channels=channels,
         **{"N": pipeline.block_n, "D": pipeline.block_d, "K": pipeline.block_k, "SEGMENTS": segments is not None},
         **{"SELF": operands.self_relation, "NARROW": unit is not None, "VISIT": False},
         **_OPTIONS,
     )
-    if operands.self_relation:
-        finish(key_grad, softmax_scale, unit, pipeline, grad)
-        return grad, None
-    of_keys = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    finish(key_grad, softmax_scale, unit, pipeline, of_keys)
+    finish(key_grad, softmax_scale, unit, pipeline, grad if of_keys is None else of_keys, progress[3:])
     return grad, of_keys
 
 
@@ -162,8 +164,13 @@ def gradient_shape(x: Tensor, pipeline: Pipeline) -> tuple[int, ...]:
     return batch, heads, -(-tokens // _HALF) * (pipeline.block_d // 4), 256
 
 
-def finish(grad: Tensor, factor: float, unit: Tensor | None, pipeline: Pipeline, out: Tensor) -> None:
-    """Writes factor (times unit[0]) times a gradient in register order to out [B, H, T, D]."""
+def finish(
+    grad: Tensor, factor: float, unit: Tensor | None, pipeline: Pipeline, out: Tensor, left: Tensor | None = None
+) -> None:
+    """Writes factor (times unit[0]) times a gradient in register order to out [B, H, T, D].
+
+    With `left` only of the last left[0] blocks of 64 tokens.
+    """
     batch, heads, tokens, channels = out.shape
     launch(
         finish_kernel,
@@ -171,11 +178,12 @@ def finish(grad: Tensor, factor: float, unit: Tensor | None, pipeline: Pipeline,
         grad,
         grad if unit is None else unit,
         out,
+        grad if left is None else left,
         heads,
         tokens,
         out.stride(),
         factor,
-        **{"channels": channels, "D": pipeline.block_d, "NARROW": unit is not None},
+        **{"channels": channels, "D": pipeline.block_d, "NARROW": unit is not None, "LEFT": left is not None},
         num_warps=4,
     )
 
@@ -257,7 +265,7 @@ def backward_visit(
     if segments is None and not visit.diagonal:
         whole, parts = divide_last_wave(tiles, -(-places.keys_end // pipeline.block_n), _multiprocessors(k_grad.device))
     items = whole + (tiles - whole) * parts
-    counter = torch.zeros(1, dtype=torch.int32, device=k_grad.device)
+    progress = torch.zeros(4, dtype=torch.int32, device=k_grad.device)
     launch(
         backward_kernel,
         items,  # a piece each: between them the exchanges' kernels find multiprocessors
@@ -268,21 +276,25 @@ def backward_visit(
         row_grad,
         _gradient_descriptor(k_grad, pipeline),
         _gradient_descriptor(q_grad, pipeline),
-        counter,
+        k_grad,
+        k_grad,
+        progress,
         heads,
+        visit.k_s.shape[1],
         heads // visit.k_s.shape[1],
         1,
         -(-rows // HOPPER_ROWS),
         items,
         1,
+        0,
         places.seq_len,
         places.first_row,
         places.keys_end,
         whole,
         parts,
-        channels,
         softmax_scale * _LOG2_E,
         1.0,
+        channels=channels,
         **{"N": pipeline.block_n, "D": pipeline.block_d, "K": pipeline.block_k, "SEGMENTS": segments is not None},
         **{"SELF": False, "NARROW": False, "VISIT": True},
         **_OPTIONS,

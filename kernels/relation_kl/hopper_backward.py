@@ -28,11 +28,11 @@ from .hopper_common import (
     span,
     visible_pairs,
 )
-from .hopper_gradient import add_up, in_register_order, send
+from .hopper_gradient import add_up, added_but_last, all_added, in_register_order, send, tend, wait_zeroed
 from .segment_kernels import ALIKE, PADDED
 
 _INTEGERS = [
-    *("heads", "group", "together", "own_tiles", "items", "most"),
+    *("heads", "key_heads", "group", "together", "own_tiles", "items", "most", "sequences"),
     *("seq_len", "first_row", "keys_end", "whole", "parts"),
 ]
 
@@ -84,8 +84,8 @@ def _turned(j, tile, begin, count, VISIT: gl.constexpr):
 
 @gluon.jit
 def _backward_fetch(
-    q_s, k_s, q_t, k_t, bounds, counter, heads, group, together, own_tiles, items, most, seq_len, first_row, keys_end,
-    whole, parts, box, posted, taken, own, own_ready, ring_s, ring_t, ready_s, ready_t, free_s, free_t,
+    q_s, k_s, q_t, k_t, bounds, progress, heads, key_heads, group, together, own_tiles, items, most, sequences, seq_len,
+    first_row, keys_end, whole, parts, box, posted, taken, own, own_ready, ring_s, ring_t, ready_s, ready_t, free_s, free_t,
     N: gl.constexpr, D: gl.constexpr, SEGMENTS: gl.constexpr, VISIT: gl.constexpr,
 ):  # fmt: skip
     """Take row tiles, one after the other, and fetch their rows and the tiles of keys that they see: two buffers for
@@ -94,7 +94,12 @@ def _backward_fetch(
     tiles = gl.cdiv(seq_len, ROWS)
     fetched = gl.to_tensor(0)
     done = gl.to_tensor(0)
-    number = gl.atomic_add(counter, 1)
+    # The sequences of keys of the last three row tiles
+    last_but_2 = gl.to_tensor(0)
+    last_but_1 = gl.to_tensor(0)
+    latest = gl.to_tensor(0)
+    added = progress + 4 + sequences
+    number = gl.atomic_add(progress, 1)
     while number < items:
         place = number
         part = 0
@@ -113,7 +118,15 @@ def _backward_fetch(
             first -= first_row
             begin = gl.where(number >= whole, count * part // parts, 0)
             count = gl.where(number >= whole, count * (part + 1) // parts, count) - begin
+        else:
+            wait_zeroed(progress + 4 + batch * key_heads + key_head, gl.cdiv(seq_len, HALF_ROWS))
         post(box, posted, taken, (done & 1) ^ 1, batch, head, key_head, tile, last, count, full * 4 + kind, begin)
+        if not VISIT:
+            # The last row tile is begun, the one before it done, and what was done before that is added.
+            gl.atomic_add(added + last_but_2, 1, mask=done > 2, sem="release")
+            last_but_2 = last_but_1
+            last_but_1 = latest
+            latest = batch * key_heads + key_head
         for j in range(count):
             at = [batch, key_head, last - _turned(j, tile, begin, count, VISIT) * N, 0]
             slot = fetched % 2
@@ -124,31 +137,36 @@ def _backward_fetch(
             mbarrier.expect(ready_t, N * D * 2)
             tma.async_copy_global_to_shared(k_t, at, ready_t, ring_t.index(0))
             fetched += 1
-            if j == 0:
-                # The last row tile is done with its rows as soon as it is with its last keys; the useless teacher's
-                # product after those may read what comes.
-                before = fetched - 2
-                mbarrier.wait(free_s.index(slot ^ 1), (before // 2) & 1, pred=before >= 0)
-                mbarrier.expect(own_ready, 2 * ROWS * D * 2)
-                for i in gl.static_range(2):
-                    here = [batch, head, first + i * HALF_ROWS, 0]
-                    tma.async_copy_global_to_shared(q_s, here, own_ready, own.index(i))
-                    tma.async_copy_global_to_shared(q_t, here, own_ready, own.index(2 + i))
+            # The last row tile is done with its rows as soon as it is with its last keys; the useless teacher's product
+            # after those may read what comes.
+            before = fetched - 2
+            mbarrier.wait(free_s.index(slot ^ 1), (before // 2) & 1, pred=(j == 0) & (before >= 0))
+            mbarrier.expect(own_ready, 2 * ROWS * D * 2, pred=j == 0)
+            for i in gl.static_range(2):
+                here = [batch, head, first + i * HALF_ROWS, 0]
+                tma.async_copy_global_to_shared(q_s, here, own_ready, own.index(i), pred=j == 0)
+                tma.async_copy_global_to_shared(q_t, here, own_ready, own.index(2 + i), pred=j == 0)
         done += 1
         number = items
         if done < most:
-            number = gl.atomic_add(counter, 1)
+            number = gl.atomic_add(progress, 1)
     post(box, posted, taken, (done & 1) ^ 1, 0, 0, 0, 0, 0, 0, 0, 0)
+    if not VISIT:
+        gl.atomic_add(added + last_but_2, 1, mask=done > 2, sem="release")
+        mbarrier.wait(taken, done & 1)
+        mbarrier.wait(taken, (done & 1) ^ 1)
+        gl.atomic_add(added + last_but_1, 1, mask=done > 1, sem="release")
+        gl.atomic_add(added + latest, 1, mask=done > 0, sem="release")
 
 
 @gluon.jit
 def _backward_rows(
     segments, bounds, pivot_s, pivot_t, sum_s, sum_t, row_grad, unit, key_grad, grad,
-    heads, seq_len, first_row, keys_end, channels, log2_scale, softmax_scale, box, posted, taken,
+    heads, seq_len, first_row, keys_end, log2_scale, softmax_scale, box, posted, taken,
     own, own_ready, ring_s, ring_t, ready_s, ready_t, free_s, free_t,
     weights, weights_ready, weights_free, stage,
-    HALF: gl.constexpr, N: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SEGMENTS: gl.constexpr, SELF: gl.constexpr,
-    NARROW: gl.constexpr, VISIT: gl.constexpr,
+    HALF: gl.constexpr, channels: gl.constexpr, N: gl.constexpr, D: gl.constexpr, K: gl.constexpr,
+    SEGMENTS: gl.constexpr, SELF: gl.constexpr, NARROW: gl.constexpr, VISIT: gl.constexpr,
 ):  # fmt: skip
     """64 rows of each row tile and, of each tile of keys, 64 keys, for which both warpgroups' weights are needed."""
     dtype: gl.constexpr = ring_s.dtype
@@ -280,6 +298,9 @@ def _backward_rows(
             visited += 1
 
         tma.store_wait(0)
+        if not VISIT:
+            # By now this waits for next to nothing, and all of the last row tile is added: `taken` will tell.
+            added_but_last()
         barrier()
         spare = weights.index(HALF)._reinterpret(gl.float32, [1, 1, D // 8, 256], key_grad.layout)
         if VISIT:
@@ -298,31 +319,41 @@ def _backward_rows(
             gl.store(pointers, (acc * factor).to(dtype), mask=inside)
         done += 1
         batch, head, key_head, tile, last, count, full, begin = receive(box, posted, taken, done & 1)
-    tma.store_wait(0)
+    if VISIT:
+        tma.store_wait(0)
+    else:
+        all_added()
+        barrier()
+        mbarrier.arrive(taken)
 
 
 @gluon.jit(do_not_specialize=_INTEGERS)
 def backward_kernel(
-    q_s, k_s, q_t, k_t, segments, bounds, pivot_s, pivot_t, sum_s, sum_t, row_grad, unit, key_grad, grad, counter,
-    heads, group, together, own_tiles, items, most, seq_len, first_row, keys_end, whole, parts, channels, log2_scale,
-    softmax_scale,
+    q_s, k_s, q_t, k_t, segments, bounds, pivot_s, pivot_t, sum_s, sum_t, row_grad, unit, key_grad, grad, key_sums,
+    finished, progress, heads, key_heads, group, together, own_tiles, items, most, sequences, seq_len, first_row,
+    keys_end, whole, parts, log2_scale, softmax_scale, channels: gl.constexpr,
     N: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SEGMENTS: gl.constexpr, SELF: gl.constexpr, NARROW: gl.constexpr,
     VISIT: gl.constexpr,
 ):  # fmt: skip
     """Each tile of S once: W = g (Ps - Pt), then W k for the rows and W' q for the keys.
 
-    key_grad is a descriptor of float32 [B, key heads, T / 64 * D / 4, 256] in register order, zero at first, in blocks
+    key_grad is a descriptor of float32 [B, key heads, T / 64 * D / 4, 256] in register order in blocks
     [1, 1, D / 8, 256]: the keys' gradient is added up there, not multiplied by softmax_scale, in no fixed order. With
     SELF the rows' is too; else it goes to grad [B, H, T, channels], finished. With NARROW, row_grad is in units of
     unit[0].
 
-    Programs do `items` pieces of work between them: when through with one, each takes the next by `counter`, int32 [1],
-    0 at first, up to `most` of them; together they must be able to take all. A piece is one of a sequence's own_tiles
-    row tiles, in the order of `tiles.grid`, whose first number is `together`.
+    Programs do `items` pieces of work between them: when through with one, each takes the next by progress[0], up to
+    `most` of them; together they must be able to take all. A piece is one of a sequence's own_tiles row tiles, in the
+    order of `tiles.grid`, whose first number is `together`.
 
-    In a visit grad is a descriptor like key_grad, of the rows, to which theirs is added; unit is not looked at. Of the
-    row tiles, in order, those behind the first `whole` are `parts` pieces each, which divide their keys. Pivots,
-    first_row, keys_end, whole and parts are for visits only.
+    Beside that they set key_sums, the memory that key_grad describes, to 0 and finish it, but for what they leave to
+    `finish_kernel`, to finished [B, key heads, T, channels], sequence by sequence (`hopper_gradient.tend`, which
+    describes progress). sequences = B * key_heads.
+
+    In a visit key_grad is 0 or anything else to be added to, and not finished: sequences is 0. grad is a descriptor
+    like key_grad, of the rows, to which theirs is added; unit is not looked at. Of the row tiles, in order, those
+    behind the first `whole` are `parts` pieces each, which divide their keys. Pivots, first_row, keys_end, whole and
+    parts are for visits only.
     """
     dtype: gl.constexpr = q_s.dtype
     # The student's rows, and the teacher's
@@ -358,22 +389,26 @@ def backward_kernel(
         [
             (_backward_rows, (
                 segments, bounds, pivot_s, pivot_t, sum_s, sum_t, row_grad, unit, key_grad, grad,
-                heads, seq_len, first_row, keys_end, channels, log2_scale, softmax_scale, box, posted, taken,
+                heads, seq_len, first_row, keys_end, log2_scale, softmax_scale, box, posted, taken,
                 own, own_ready, ring_s, ring_t, ready_s, ready_t, free_s, free_t,
-                weights, weights_ready, weights_free, stage, 0, N, D, K, SEGMENTS, SELF, NARROW, VISIT,
+                weights, weights_ready, weights_free, stage, 0, channels, N, D, K, SEGMENTS, SELF, NARROW, VISIT,
             )),
             (_backward_rows, (
                 segments, bounds, pivot_s, pivot_t, sum_s, sum_t, row_grad, unit, key_grad, grad,
-                heads, seq_len, first_row, keys_end, channels, log2_scale, softmax_scale, box, posted, taken,
+                heads, seq_len, first_row, keys_end, log2_scale, softmax_scale, box, posted, taken,
                 own, own_ready, ring_s, ring_t, ready_s, ready_t, free_s, free_t,
-                weights, weights_ready, weights_free, stage, 1, N, D, K, SEGMENTS, SELF, NARROW, VISIT,
+                weights, weights_ready, weights_free, stage, 1, channels, N, D, K, SEGMENTS, SELF, NARROW, VISIT,
             )),
             (_backward_fetch, (
-                q_s, k_s, q_t, k_t, bounds, counter, heads, group, together, own_tiles, items, most, seq_len, first_row,
-                keys_end, whole, parts, box, posted, taken, own, own_ready, ring_s, ring_t, ready_s, ready_t, free_s,
-                free_t, N, D, SEGMENTS, VISIT,
+                q_s, k_s, q_t, k_t, bounds, progress, heads, key_heads, group, together, own_tiles, items, most, sequences,
+                seq_len, first_row, keys_end, whole, parts, box, posted, taken, own, own_ready, ring_s, ring_t, ready_s,
+                ready_t, free_s, free_t, N, D, SEGMENTS, VISIT,
+            )),
+            (tend, (
+                key_sums, finished, unit, progress, sequences, group, together, own_tiles,
+                items, seq_len, softmax_scale, channels, D, NARROW, 2,
             )),
         ],
-        [4, 1],
-        [240, 24],
+        [4, 1, 2],
+        [240, 24, 24],
     )  # fmt: skip
