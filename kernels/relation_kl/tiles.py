@@ -50,6 +50,8 @@ _PIPELINES = {
     96: Pipeline(128, 128, 96, 5),
     128: Pipeline(128, 128, 128, 5),
 }
+# The same of the kernels for more channels, which take 224 to 226 KiB.
+_WIDE_PIPELINES = {192: Pipeline(64, 256, 192, 3), 256: Pipeline(64, 256, 256, 3)}
 
 # (architecture as CUDA spells it, bytes of a token's padded vector) -> tiles
 _TILES = {
@@ -111,6 +113,20 @@ def pick_pipeline(architecture: str, head_dim: int, element_size: int) -> Pipeli
     if architecture != "sm_90" or element_size != 2:
         return None
     return next((pipeline for most, pipeline in _PIPELINES.items() if head_dim <= most), None)
+
+
+@lru_cache
+def pick_wide_pipeline(architecture: str, head_dim: int, element_size: int) -> Pipeline | None:
+    """The shapes of the Hopper kernels for 129 to 256 channels, or None where those do not run.
+
+    Args:
+        architecture: as for `pick_tiles`.
+        head_dim: D, before padding.
+        element_size: bytes of one element, 2 or 4.
+    """
+    if architecture != "sm_90" or element_size != 2 or head_dim <= max(_PIPELINES):
+        return None
+    return next((pipeline for most, pipeline in _WIDE_PIPELINES.items() if head_dim <= most), None)
 
 
 @lru_cache(maxsize=1024)

@@ -15,7 +15,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from .launch import launch
 from .segment_kernels import tile_bounds
-from .tiles import HOPPER_ROWS, Pipeline, Tile, Tiles, pad_head_dim, pick_pipeline, pick_tiles
+from .tiles import HOPPER_ROWS, Pipeline, Tile, Tiles, pad_head_dim, pick_pipeline, pick_tiles, pick_wide_pipeline
 from .torch_backend import Operands
 from .triton_kernels import backward_kernel, forward_again_kernel, forward_kernel
 
@@ -36,8 +36,9 @@ _DOT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: t
 def forward(operands: Operands, softmax_scale: float, segment_ids: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Rows [B, H, T], and what backward wants, float32 [B, H, T] each.
 
-    From the general kernels that is the maximum of each row's logits, of student and of teacher, in units of log 2,
-    and 1 / sum of the exponentials, of both; from the Hopper ones see `triton_kernels.relative_sum`, of both.
+    From the general kernels, and from the Hopper ones for more than 128 channels, that is the maximum of each row's
+    logits, of student and of teacher, in units of log 2, and 1 / sum of the exponentials, of both; from the other
+    Hopper ones see `triton_kernels.relative_sum`, of both.
     """
     q, k = operands.student_q, operands.student_k
     batch, heads, seq_len, _ = q.shape
@@ -51,6 +52,14 @@ def forward(operands: Operands, softmax_scale: float, segment_ids: Tensor | None
             kl, sum_s, sum_t, flags = hopper_backend.forward(operands, softmax_scale, pipeline, segments)
         forward_again(operands, softmax_scale, segments, flags, kl, sum_s, sum_t)
         return kl, (sum_s, sum_t)
+
+    pipeline = wide_pipeline_of(operands)
+    if pipeline is not None:
+        from . import hopper_wide_backend
+
+        segments = _segments(names, HOPPER_ROWS, pipeline.block_n)
+        with on_device_of(q):
+            return hopper_wide_backend.forward(operands, softmax_scale, pipeline, segments)
 
     tile = tiles_of(q).forward
     segments = _segments(names, tile.block_m, tile.block_n)
@@ -153,6 +162,17 @@ def backward(
             g, unit = g * BOOST, unit / BOOST
         with on_device_of(q[0]):
             return hopper_backend.backward(operands, softmax_scale, pipeline, segments, sum_s, sum_t, g, unit)
+    pipeline = wide_pipeline_of(operands)
+    if pipeline is not None:
+        from . import hopper_wide_backend
+
+        segments = _segments(names, HOPPER_ROWS, pipeline.block_n)
+        if unit is not None:
+            g, unit = g * BOOST, unit / BOOST
+        with on_device_of(q[0]):
+            return hopper_wide_backend.backward(
+                operands, softmax_scale, pipeline, segments, tuple(statistics), g, unit
+            )
     tile = tiles_of(q[0]).backward
     segments = _segments(names, tile.block_m, tile.block_n)
 
@@ -221,6 +241,20 @@ def pipeline_of(operands: Operands) -> Pipeline | None:
     """The Hopper kernels' shapes, or None where the general kernels are to run."""
     pipeline = hopper_pipeline(operands.student_q)
     if pipeline is None:
+        return None
+    from . import hopper_backend
+
+    return pipeline if hopper_backend.can_fetch(operands) else None
+
+
+def wide_pipeline_of(operands: Operands) -> Pipeline | None:
+    """The shapes of the Hopper kernels for 129 to 256 channels, or None where others are to run.
+
+    Their results are equal bit for bit from run to run.
+    """
+    x = operands.student_q
+    pipeline = pick_wide_pipeline(_architecture(x.device), x.shape[3], x.element_size())
+    if pipeline is None or not _HAS_GLUON:
         return None
     from . import hopper_backend
 

@@ -104,7 +104,7 @@ def test_few_programs_share_all_row_tiles(
 ) -> None:
     """Each takes many of them, with padding and without in turn, as on a long sequence."""
     for programs in (1, 3):
-        monkeypatch.setattr("relation_kl.hopper_backend._multiprocessors", lambda device, number=programs: number)
+        monkeypatch.setattr("relation_kl.hopper_backend.multiprocessors", lambda device, number=programs: number)
         check(make_case(2, 4, 700, 128, torch.bfloat16, segments, key_heads=key_heads, device="cuda"), "triton")
         check(make_case(2, 4, 700, 64, torch.float16, segments, key_heads=key_heads, device="cuda"), "triton")
 
