@@ -65,6 +65,9 @@ def backward(
         row_grad: float32 [B, H, T], contiguous, in units of `unit`; padding may hold anything.
         unit: float32 [1], or None for 1.
     """
+    max_s, max_t, inverse_s, inverse_t = statistics
+    # r and g / l_t, as the kernel calls them; padding may hold anything
+    combined = torch.stack((max_s, max_t, inverse_s / inverse_t, row_grad * inverse_t))
     q = operands.student_q, operands.teacher_q
     k = operands.student_k, operands.teacher_k
 
@@ -79,8 +82,8 @@ def backward(
             grid(-(-seq_len // HOPPER_ROWS), batch * heads, multiprocessors(grad.device)),
             *(descriptor(x, tokens, pipeline.block_d) for x, tokens in zip(tensors, blocks, strict=True)),
             *(segments or (row_grad, row_grad)),
-            *statistics,
-            row_grad,
+            combined,
+            row_grad.numel(),
             row_grad if unit is None else unit,
             grad,
             heads,

@@ -50,30 +50,33 @@ def _tiles(bounds, place, start, seq_len, N: gl.constexpr, SEGMENTS: gl.constexp
 
 @gluon.jit
 def _fetch_tiles(
-    y_s, y_t, max_s, max_t, inverse_s, inverse_t, row_grad, batch, head, statistics, at, count, fetched, seq_len,
+    y_s, y_t, statistics, tokens, batch, head, first, at, count, fetched, seq_len,
     ring_s, ring_t, columns, ready_s, ready_t, free_s, free_t,
     N: gl.constexpr, D: gl.constexpr, ABOVE: gl.constexpr,
 ):  # fmt: skip
-    """Fetch `count` tiles of one head: up from token `at` with their statistics for ABOVE, else down from there."""
-    tokens = gl.arange(0, N, gl.BlockedLayout([2], [32], [1], [0]))
+    """Fetch `count` tiles of one head: up from token `at` for ABOVE, with statistics, where the head's begin with
+    number `first`; else down from there."""
+    offsets = gl.arange(0, N, gl.BlockedLayout([2], [32], [1], [0]))
     for _ in range(count):
         slot = fetched % 2
         if ABOVE:
-            place = statistics + at + tokens
-            real = at + tokens < seq_len
-            m_s = gl.load(max_s + place, mask=real, other=0.0)
-            m_t = gl.load(max_t + place, mask=real, other=0.0)
-            r_s = gl.load(inverse_s + place, mask=real, other=1.0)
-            r_t = gl.load(inverse_t + place, mask=real, other=1.0)
-            g = gl.load(row_grad + place, mask=real, other=0.0)
+            real = at + offsets < seq_len
+            place = statistics + first + at + offsets
+            m_s = gl.load(place, mask=real, other=0.0)
+            place += tokens
+            m_t = gl.load(place, mask=real, other=0.0)
+            place += tokens
+            r = gl.load(place, mask=real, other=1.0)
+            place += tokens
+            g = gl.load(place, mask=real, other=0.0)
         mbarrier.wait(free_s.index(slot), ((fetched // 2) & 1) ^ 1)
         mbarrier.expect(ready_s.index(slot), N * D * 2)
         tma.async_copy_global_to_shared(y_s, [batch, head, at, 0], ready_s.index(slot), ring_s.index(slot))
         if ABOVE:
             columns.index(slot * 4).store(m_s)
             columns.index(slot * 4 + 1).store(m_t)
-            columns.index(slot * 4 + 2).store(gl.div_rn(r_s, r_t))
-            columns.index(slot * 4 + 3).store(g * r_t)
+            columns.index(slot * 4 + 2).store(r)
+            columns.index(slot * 4 + 3).store(g)
             barrier()
         mbarrier.arrive(ready_s.index(slot))
         mbarrier.wait(free_t, (fetched & 1) ^ 1)
@@ -86,7 +89,7 @@ def _fetch_tiles(
 
 @gluon.jit
 def _backward_fetch(
-    y_s, y_t, max_s, max_t, inverse_s, inverse_t, row_grad, batch, head, heads, group, start, below, above, seq_len,
+    y_s, y_t, statistics, tokens, batch, head, heads, group, start, below, above, seq_len,
     ring_s, ring_t, columns, ready_s, ready_t, free_s, free_t,
     N: gl.constexpr, D: gl.constexpr, BELOW: gl.constexpr, ABOVE: gl.constexpr,
 ):  # fmt: skip
@@ -95,14 +98,14 @@ def _backward_fetch(
     fetched = gl.to_tensor(0)
     if BELOW:
         fetched = _fetch_tiles(
-            y_s, y_t, max_s, max_t, inverse_s, inverse_t, row_grad, batch, head // group, 0, start + ROWS - N, below,
+            y_s, y_t, statistics, tokens, batch, head // group, 0, start + ROWS - N, below,
             fetched, seq_len, ring_s, ring_t, columns, ready_s, ready_t, free_s, free_t, N, D, False,
         )  # fmt: skip
     if ABOVE:
         for query_head in range(head * group, (head + 1) * group):
-            statistics = (batch * heads * group + query_head).to(gl.int64) * seq_len
+            first = (batch * heads * group + query_head).to(gl.int64) * seq_len
             fetched = _fetch_tiles(
-                y_s, y_t, max_s, max_t, inverse_s, inverse_t, row_grad, batch, query_head, statistics, start, above,
+                y_s, y_t, statistics, tokens, batch, query_head, first, start, above,
                 fetched, seq_len, ring_s, ring_t, columns, ready_s, ready_t, free_s, free_t, N, D, True,
             )  # fmt: skip
 
@@ -154,7 +157,7 @@ def _backward_part(
     none = gl.zeros([HALF_ROWS, N], gl.float32, mma)
 
     # Always 0, which the compiler cannot know; see `fresh`.
-    again = visited >> 30
+    again = total >> 30
     slot = visited % 2
     mbarrier.wait(ready_s.index(slot), (visited // 2) & 1)
     s = logits(own.index(HALF + again).reshape([HALF_ROWS, D]), ring_s.index(slot).reshape([N, D]), none, K)
@@ -221,7 +224,7 @@ def _without_invisible(w, segments, rows, tokens, seq_len, alike, SEGMENTS: gl.c
 
 @gluon.jit
 def _backward_rows(
-    segments, bounds, max_s, max_t, inverse_s, inverse_t, row_grad, unit, grad, sequence, group, start,
+    segments, bounds, statistics, tokens, unit, grad, sequence, group, start,
     below, below_full, above, above_full, kind, seq_len, channels, scale, softmax_scale,
     own, own_ready, ring_s, ring_t, columns, ready_s, ready_t, free_s, free_t,
     HALF: gl.constexpr, N: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SEGMENTS: gl.constexpr,
@@ -239,12 +242,14 @@ def _backward_rows(
         live = rows < seq_len
         if SEGMENTS:
             live = names_of(segments, rows, seq_len, kind == ALIKE) >= 0
-        place = sequence.to(gl.int64) * seq_len + rows
-        m_s = gl.load(max_s + place, mask=live, other=0.0)
-        m_t = gl.load(max_t + place, mask=live, other=0.0)
-        r_t = gl.load(inverse_t + place, mask=live, other=1.0)
-        r = gl.div_rn(gl.load(inverse_s + place, mask=live, other=1.0), r_t)
-        g = gl.load(row_grad + place, mask=live, other=0.0) * r_t
+        place = statistics + sequence.to(gl.int64) * seq_len + rows
+        m_s = gl.load(place, mask=live, other=0.0)
+        place += tokens
+        m_t = gl.load(place, mask=live, other=0.0)
+        place += tokens
+        r = gl.load(place, mask=live, other=1.0)
+        place += tokens
+        g = gl.load(place, mask=live, other=0.0)
         acc, visited = _backward_part(
             acc, visited, segments, bounds, m_s, m_t, r, g, rows, start, below, below_full, below, seq_len,
             kind == ALIKE, scale, own, ring_s, ring_t, columns, ready_s, ready_t, free_s, free_t,
@@ -273,19 +278,19 @@ def _backward_rows(
     gl.store(pointers, result.to(dtype), mask=(rows < seq_len)[:, None] & (columns_d < channels)[None, :])
 
 
-@gluon.jit(do_not_specialize=["heads", "group", "seq_len"])
+@gluon.jit(do_not_specialize=["tokens", "heads", "group", "seq_len"])
 def wide_backward_kernel(
-    x_s, y_s, x_t, y_t, segments, bounds, max_s, max_t, inverse_s, inverse_t, row_grad, unit, grad,
+    x_s, y_s, x_t, y_t, segments, bounds, statistics, tokens, unit, grad,
     heads, group, seq_len, channels, log2_scale, softmax_scale,
     N: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SEGMENTS: gl.constexpr, BELOW: gl.constexpr,
     ABOVE: gl.constexpr, NARROW: gl.constexpr,
 ):  # fmt: skip
-    """The gradient of one row tile of one head of x, whole; BELOW, ABOVE and the statistics as for
-    `triton_kernels.backward_kernel`.
+    """The gradient of one row tile of one head of x, whole; BELOW and ABOVE as for `triton_kernels.backward_kernel`.
 
     x and y are descriptors of [B, H, T, channels] in blocks [1, 1, 64, D] and [1, 1, N, D], of which logits take the
-    first K channels; grad [B, heads, T, channels], contiguous; bounds from `segment_kernels.tile_bounds(ids, 128, N)`.
-    With NARROW, row_grad is in units of unit[0]. The grid is `tiles.grid`'s.
+    first K channels. statistics is float32 [4, tokens], with tokens = B * query heads * T: both maxima, l_t / l_s, and
+    g / l_t; with NARROW, g is in units of unit[0]. grad is [B, heads, T, channels], contiguous; bounds are from
+    `segment_kernels.tile_bounds(ids, 128, N)`. The grid is `tiles.grid`'s.
     """
     dtype: gl.constexpr = x_s.dtype
     tiles = gl.cdiv(seq_len, ROWS)
@@ -328,19 +333,19 @@ def wide_backward_kernel(
     gl.warp_specialize(
         [
             (_backward_rows, (
-                segments, bounds, max_s, max_t, inverse_s, inverse_t, row_grad, unit, grad, sequence, group, start,
+                segments, bounds, statistics, tokens, unit, grad, sequence, group, start,
                 below, below_full, above, above_full, kind, seq_len, channels, log2_scale, softmax_scale,
                 own, own_ready, ring_s, ring_t, columns, ready_s, ready_t, free_s, free_t,
                 0, N, D, K, SEGMENTS, BELOW, ABOVE, NARROW,
             )),
             (_backward_rows, (
-                segments, bounds, max_s, max_t, inverse_s, inverse_t, row_grad, unit, grad, sequence, group, start,
+                segments, bounds, statistics, tokens, unit, grad, sequence, group, start,
                 below, below_full, above, above_full, kind, seq_len, channels, log2_scale, softmax_scale,
                 own, own_ready, ring_s, ring_t, columns, ready_s, ready_t, free_s, free_t,
                 1, N, D, K, SEGMENTS, BELOW, ABOVE, NARROW,
             )),
             (_backward_fetch, (
-                y_s, y_t, max_s, max_t, inverse_s, inverse_t, row_grad, batch, head, heads, group, start, below, above,
+                y_s, y_t, statistics, tokens, batch, head, heads, group, start, below, above,
                 seq_len, ring_s, ring_t, columns, ready_s, ready_t, free_s, free_t, N, D, BELOW, ABOVE,
             )),
         ],
