@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper_backward import clear_padding
-from .hopper_common import HALF_ROWS, ROWS, barrier, logits, names_of, visible_pairs
+from .hopper_common import HALF_ROWS, ROWS, barrier, logits, names_of
 from .segment_kernels import ALIKE, PADDED
 
 
@@ -211,10 +211,7 @@ def _backward_part(
 @gluon.jit
 def _without_invisible(w, segments, rows, tokens, seq_len, alike, SEGMENTS: gl.constexpr, ABOVE: gl.constexpr):
     """The weights with those of pairs set to 0 of which neither, or the wrong one, sees the other."""
-    if ABOVE:
-        visible = tokens[None, :] >= rows[:, None]
-    else:
-        visible = tokens[None, :] <= rows[:, None]
+    visible = tokens[None, :] >= rows[:, None] if ABOVE else tokens[None, :] <= rows[:, None]
     if SEGMENTS:
         row_names = names_of(segments, rows, seq_len, alike)
         names = names_of(segments, tokens, seq_len, alike)

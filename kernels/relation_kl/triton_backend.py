@@ -170,9 +170,7 @@ def backward(
         if unit is not None:
             g, unit = g * BOOST, unit / BOOST
         with on_device_of(q[0]):
-            return hopper_wide_backend.backward(
-                operands, softmax_scale, pipeline, segments, tuple(statistics), g, unit
-            )
+            return hopper_wide_backend.backward(operands, softmax_scale, pipeline, segments, tuple(statistics), g, unit)
     tile = tiles_of(q[0]).backward
     segments = _segments(names, tile.block_m, tile.block_n)
 
