@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .hopper_backend import LOG2_E, OPTIONS, descriptor, descriptors, multiprocessors
+from .hopper_backend import LOG2_E, OPTIONS, descriptor, multiprocessors
 from .hopper_wide_backward import wide_backward_kernel
 from .hopper_wide_forward import wide_forward_kernel
 from .launch import launch
-from .tiles import HOPPER_ROWS, Pipeline, grid
+from .tiles import HOPPER_ROWS, WidePipeline, grid
 from .torch_backend import Operands
 
 
 def forward(
-    operands: Operands, softmax_scale: float, pipeline: Pipeline, segments: tuple[Tensor, Tensor] | None
+    operands: Operands, softmax_scale: float, pipeline: WidePipeline, segments: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Rows and the statistics of `triton_backend.forward`, those of the general kernels.
 
@@ -22,15 +22,19 @@ def forward(
         operands: bf16 or fp16, for which `hopper_backend.can_fetch` holds.
         softmax_scale: factor of the logits.
         pipeline: from `tiles.pick_wide_pipeline`.
-        segments: ids, contiguous, and `tile_bounds(ids, 128, pipeline.block_n)`; or None.
+        segments: ids, contiguous, and `tile_bounds(ids, 128, pipeline.forward_n)`; or None.
     """
     q, k = operands.student_q, operands.student_k
     batch, heads, seq_len, _ = q.shape
+    keys = pipeline.forward_n, pipeline.forward_c
     kl, *statistics = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(5))
     launch(
         wide_forward_kernel,
         grid(-(-seq_len // HOPPER_ROWS), batch * heads, multiprocessors(q.device)),
-        *descriptors(operands, pipeline),
+        descriptor(q, HOPPER_ROWS // 2, pipeline.block_d),
+        descriptor(k, *keys),
+        descriptor(operands.teacher_q, HOPPER_ROWS // 2, pipeline.block_d),
+        descriptor(operands.teacher_k, *keys),
         *(segments or (kl, kl)),
         kl,
         *statistics,
@@ -38,8 +42,8 @@ def forward(
         heads // k.shape[1],
         seq_len,
         softmax_scale * LOG2_E,
-        **{"N": pipeline.block_n, "D": pipeline.block_d, "K": pipeline.block_k, "SLOTS": pipeline.slots},
-        SEGMENTS=segments is not None,
+        **{"N": pipeline.forward_n, "D": pipeline.block_d, "C": pipeline.forward_c, "K": pipeline.block_k},
+        **{"SLOTS": pipeline.slots, "SEGMENTS": segments is not None},
         **OPTIONS,
     )
     return kl, tuple(statistics)
@@ -48,7 +52,7 @@ def forward(
 def backward(
     operands: Operands,
     softmax_scale: float,
-    pipeline: Pipeline,
+    pipeline: WidePipeline,
     segments: tuple[Tensor, Tensor] | None,
     statistics: tuple[Tensor, ...],
     row_grad: Tensor,
@@ -60,7 +64,7 @@ def backward(
         operands: as for `forward`.
         softmax_scale: as for `forward`.
         pipeline: as for `forward`.
-        segments: as for `forward`.
+        segments: ids, contiguous, and `tile_bounds(ids, 128, pipeline.backward_n)`; or None.
         statistics: from `forward`.
         row_grad: float32 [B, H, T], contiguous, in units of `unit`; padding may hold anything.
         unit: float32 [1], or None for 1.
@@ -75,7 +79,7 @@ def backward(
         batch, heads, seq_len, channels = own[0].shape
         group = heads // others[0].shape[1] if below else others[0].shape[1] // heads
         grad = torch.empty(own[0].shape, dtype=own[0].dtype, device=own[0].device)
-        blocks = (HOPPER_ROWS // 2, pipeline.block_n) * 2
+        blocks = (HOPPER_ROWS // 2, pipeline.backward_n) * 2
         tensors = own[0], others[0], own[1], others[1]
         launch(
             wide_backward_kernel,
@@ -92,7 +96,12 @@ def backward(
             channels,
             softmax_scale * LOG2_E,
             softmax_scale,
-            **{"N": pipeline.block_n, "D": pipeline.block_d, "K": pipeline.block_k, "SEGMENTS": segments is not None},
+            **{
+                "N": pipeline.backward_n,
+                "D": pipeline.block_d,
+                "K": pipeline.block_k,
+                "SEGMENTS": segments is not None,
+            },
             **{"BELOW": below, "ABOVE": above, "NARROW": unit is not None},
             **OPTIONS,
         )

@@ -1,8 +1,9 @@
 """The Hopper forward kernel for 129 to 256 channels; see hopper_common.py for what it shares with the others.
 
-128 rows of student and of teacher take 128 KiB of shared memory, and three buffers of 64 keys another 96. Here the
-tensor cores take longer than the exponentials: there is time for a running maximum, and the statistics are those of the
-general kernels.
+128 rows of student and of teacher take 128 KiB of shared memory. In the 96 that are left, tiles of keys come in parts,
+some of their channels at a time: so they can be of 128 keys, for which products read the rows half as often as for 64.
+Here the tensor cores take longer than the exponentials: there is time for a running maximum, and the statistics are
+those of the general kernels.
 """
 
 # What the decorators make of these functions is not what pyright reads.
@@ -17,11 +18,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
+    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from .hopper_common import HALF_ROWS, MASKED, ROWS, exponent, logits, names_of, span, visible_pairs
-from .hopper_forward import fetch_keys, next_slot, partial_sum
+from .hopper_common import HALF_ROWS, MASKED, ROWS, exponent, names_of, span, visible_pairs
+from .hopper_forward import next_slot, partial_sum
 from .segment_kernels import ALIKE
 
 _LN2 = gl.constexpr(0.6931471805599453)
@@ -66,39 +68,83 @@ def _add_teacher(t, z_s, fall_s, m_t, l_t, a, visible, scale, MASK: gl.constexpr
 
 
 @gluon.jit
+def _fetch_parts(
+    k_s, k_t, batch, key_head, last, count, ring, ready, free,
+    N: gl.constexpr, D: gl.constexpr, C: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    """Fetch the tiles of keys, C channels at a time, the student's and the teacher's in turn."""
+    slot = gl.to_tensor(0)
+    phase = gl.to_tensor(1)
+    for j in range(count):
+        for part in gl.static_range(2 * (D // C)):
+            mbarrier.wait(free.index(slot), phase)
+            mbarrier.expect(ready.index(slot), N * C * 2)
+            at = [batch, key_head, last - j * N, part % (D // C) * C]
+            keys = k_s if part < D // C else k_t
+            tma.async_copy_global_to_shared(keys, at, ready.index(slot), ring.index(slot))
+            slot, phase = next_slot(slot, phase, SLOTS)
+
+
+@gluon.jit
+def _product(x, buffer, s, PART: gl.constexpr, N: gl.constexpr, C: gl.constexpr, K: gl.constexpr):
+    """Issue what channels [PART * C, PART * C + C) add to the logits s, of which those from K on are 0."""
+    WIDTH: gl.constexpr = min(C, K - PART * C)
+    y = buffer.reshape([N, C])
+    if WIDTH < C:
+        y = y.slice(0, WIDTH, dim=1)
+    if x.shape[1] > WIDTH:
+        x = x.slice(PART * C, WIDTH, dim=1)
+    return warpgroup_mma(x, y.permute([1, 0]), s, use_acc=PART > 0, is_async=True)
+
+
+@gluon.jit
 def _masked_tiles(
-    first, end, count, s, slot_s, phase_s, m_s, m_t, l_s, l_t, a,
+    first, end, count, s, slot, phase, m_s, m_t, l_s, l_t, a,
     segments, rows, last, seq_len, alike, scale, x_s, x_t, none, ring, ready, free,
-    N: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SLOTS: gl.constexpr, SEGMENTS: gl.constexpr,
+    N: gl.constexpr, C: gl.constexpr, PARTS: gl.constexpr, K: gl.constexpr, SLOTS: gl.constexpr,
+    SEGMENTS: gl.constexpr,
 ):  # fmt: skip
     """The tiles [first, end) of `count`, with a mask. There are few: nothing runs beside their products. s is the
     student's product of the first one, and then of tile `end`."""
     for j in range(first, end):
-        slot_t, phase_t = next_slot(slot_s, phase_s, SLOTS)
-        mbarrier.wait(ready.index(slot_t), phase_t)
-        t = warpgroup_mma_wait(0, deps=[logits(x_t, ring.index(slot_t).reshape([N, D]), none, K)])
-        mbarrier.arrive(free.index(slot_s))
-        mbarrier.arrive(free.index(slot_t))
         keys = last - j * N + gl.arange(0, N, gl.SliceLayout(0, none.type.layout))
         visible = visible_pairs(segments, rows, keys, seq_len, seq_len, alike, SEGMENTS, False)
+        t = none
+        begin = slot
+        for part in gl.static_range(PARTS):
+            mbarrier.wait(ready.index(slot), phase)
+            t = _product(x_t, ring.index(slot), t, part, N, C, K)
+            slot, phase = next_slot(slot, phase, SLOTS)
+        t = warpgroup_mma_wait(0, deps=[t])
+        for part in gl.static_range(PARTS):
+            mbarrier.arrive(free.index((begin + part) % SLOTS))
         z_s, m_s, fall_s, l_s = _add_student(s, m_s, l_s, visible, scale, True)
         m_t, l_t, a = _add_teacher(t, z_s, fall_s, m_t, l_t, a, visible, scale, True)
-        slot_s, phase_s = next_slot(slot_t, phase_t, SLOTS)
-        mbarrier.wait(ready.index(slot_s), phase_s, pred=j + 1 < count)
-        s = warpgroup_mma_wait(0, deps=[logits(x_s, ring.index(slot_s).reshape([N, D]), none, K)])
-    return s, slot_s, phase_s, m_s, m_t, l_s, l_t, a
+        begin = slot
+        for part in gl.static_range(PARTS):
+            mbarrier.wait(ready.index(slot), phase, pred=j + 1 < count)
+            s = _product(x_s, ring.index(slot), s, part, N, C, K)
+            slot, phase = next_slot(slot, phase, SLOTS)
+        s = warpgroup_mma_wait(0, deps=[s])
+        for part in gl.static_range(PARTS):
+            mbarrier.arrive(free.index((begin + part) % SLOTS), pred=j + 1 < count)
+    return s, slot, phase, m_s, m_t, l_s, l_t, a
 
 
 @gluon.jit
 def _forward_rows(
     segments, kl, max_s, max_t, inverse_s, inverse_t, sequence, start, last, count, full, seq_len, kind, scale,
     own_s, own_t, own_ready, ring, ready, free,
-    HALF: gl.constexpr, N: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SLOTS: gl.constexpr, SEGMENTS: gl.constexpr,
+    HALF: gl.constexpr, N: gl.constexpr, D: gl.constexpr, C: gl.constexpr, K: gl.constexpr, SLOTS: gl.constexpr,
+    SEGMENTS: gl.constexpr,
 ):  # fmt: skip
-    """64 rows. The first two tiles of keys are those of the row tile itself."""
+    """64 rows. The first tiles of keys are those of the row tile itself."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     OF_ROWS: gl.constexpr = gl.SliceLayout(1, mma)
     OWN_TILES: gl.constexpr = ROWS // N
+    PARTS: gl.constexpr = D // C
+    # Parts of the next student's product for which there are buffers beside the teacher's.
+    EARLY: gl.constexpr = min(SLOTS - PARTS, PARTS)
     x_s = own_s.index(HALF).reshape([HALF_ROWS, D])
     x_t = own_t.index(HALF).reshape([HALF_ROWS, D])
     rows = start + HALF * HALF_ROWS + gl.arange(0, HALF_ROWS, OF_ROWS)
@@ -108,38 +154,55 @@ def _forward_rows(
     l_s = partial_sum(none)
     l_t = partial_sum(none)
     a = partial_sum(none)
-    slot_s = gl.to_tensor(0)
-    phase_s = gl.to_tensor(0)
+    slot = gl.to_tensor(0)
+    phase = gl.to_tensor(0)
 
-    # The student's product is one tile ahead. After the last tile it is taken of what the buffer holds, and not used.
+    # The student's product is one tile ahead. After the last tile it is taken of what the buffers hold, and not used.
     mbarrier.wait(own_ready, 0)
-    mbarrier.wait(ready.index(slot_s), phase_s)
-    s = warpgroup_mma_wait(0, deps=[logits(x_s, ring.index(slot_s).reshape([N, D]), none, K)])
-    s, slot_s, phase_s, m_s, m_t, l_s, l_t, a = _masked_tiles(
-        0, OWN_TILES, count, s, slot_s, phase_s, m_s, m_t, l_s, l_t, a,
+    s = none
+    for part in gl.static_range(PARTS):
+        mbarrier.wait(ready.index(slot), phase)
+        s = _product(x_s, ring.index(slot), s, part, N, C, K)
+        slot, phase = next_slot(slot, phase, SLOTS)
+    s = warpgroup_mma_wait(0, deps=[s])
+    for part in gl.static_range(PARTS):
+        mbarrier.arrive(free.index(part))
+    s, slot, phase, m_s, m_t, l_s, l_t, a = _masked_tiles(
+        0, OWN_TILES, count, s, slot, phase, m_s, m_t, l_s, l_t, a,
         segments, rows, last, seq_len, kind == ALIKE, scale, x_s, x_t, none, ring, ready, free,
-        N, D, K, SLOTS, SEGMENTS,
+        N, C, PARTS, K, SLOTS, SEGMENTS,
     )  # fmt: skip
     for j in range(OWN_TILES, full):
-        slot_t, phase_t = next_slot(slot_s, phase_s, SLOTS)
-        mbarrier.wait(ready.index(slot_t), phase_t)
-        t = logits(x_t, ring.index(slot_t).reshape([N, D]), none, K)
-        mbarrier.arrive(free.index(slot_s))
+        t = none
+        begin = slot
+        for part in gl.static_range(PARTS):
+            mbarrier.wait(ready.index(slot), phase)
+            t = _product(x_t, ring.index(slot), t, part, N, C, K)
+            slot, phase = next_slot(slot, phase, SLOTS)
         # beside the teacher's product
         z_s, m_s, fall_s, l_s = _add_student(s, m_s, l_s, None, scale, False)
-        slot_s, phase_s = next_slot(slot_t, phase_t, SLOTS)
-        mbarrier.wait(ready.index(slot_s), phase_s, pred=j + 1 < count)
-        s = logits(x_s, ring.index(slot_s).reshape([N, D]), none, K)
-        t = warpgroup_mma_wait(1 if K == D else 2, deps=[t])
-        mbarrier.arrive(free.index(slot_t))
+        following = slot
+        for part in gl.static_range(EARLY):
+            mbarrier.wait(ready.index(slot), phase, pred=j + 1 < count)
+            s = _product(x_s, ring.index(slot), s, part, N, C, K)
+            slot, phase = next_slot(slot, phase, SLOTS)
+        for part in gl.static_range(PARTS):
+            t = warpgroup_mma_wait(EARLY + PARTS - 1 - part, deps=[t])
+            mbarrier.arrive(free.index((begin + part) % SLOTS))
         # beside the student's next product
         m_t, l_t, a = _add_teacher(t, z_s, fall_s, m_t, l_t, a, None, scale, False)
+        for part in gl.static_range(EARLY, PARTS):
+            mbarrier.wait(ready.index(slot), phase, pred=j + 1 < count)
+            s = _product(x_s, ring.index(slot), s, part, N, C, K)
+            slot, phase = next_slot(slot, phase, SLOTS)
         s = warpgroup_mma_wait(0, deps=[s])
+        for part in gl.static_range(PARTS):
+            mbarrier.arrive(free.index((following + part) % SLOTS), pred=j + 1 < count)
     if SEGMENTS:
-        s, slot_s, phase_s, m_s, m_t, l_s, l_t, a = _masked_tiles(
-            full, count, count, s, slot_s, phase_s, m_s, m_t, l_s, l_t, a,
+        s, slot, phase, m_s, m_t, l_s, l_t, a = _masked_tiles(
+            full, count, count, s, slot, phase, m_s, m_t, l_s, l_t, a,
             segments, rows, last, seq_len, False, scale, x_s, x_t, none, ring, ready, free,
-            N, D, K, SLOTS, SEGMENTS,
+            N, C, PARTS, K, SLOTS, SEGMENTS,
         )  # fmt: skip
 
     l_s = gl.convert_layout(gl.sum(l_s, 1), OF_ROWS)
@@ -161,11 +224,11 @@ def _forward_rows(
 @gluon.jit(do_not_specialize=["heads", "group", "seq_len"])
 def wide_forward_kernel(
     q_s, k_s, q_t, k_t, segments, bounds, kl, max_s, max_t, inverse_s, inverse_t, heads, group, seq_len, log2_scale,
-    N: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SLOTS: gl.constexpr, SEGMENTS: gl.constexpr,
+    N: gl.constexpr, D: gl.constexpr, C: gl.constexpr, K: gl.constexpr, SLOTS: gl.constexpr, SEGMENTS: gl.constexpr,
 ):  # fmt: skip
     """Rows of the divergence, maxima of the logits and 1 / sums of the exponentials, in one pass over the keys.
 
-    q and k are descriptors of [B, H, T, channels] in blocks [1, 1, 64, D] and [1, 1, N, D], of which K channels are
+    q and k are descriptors of [B, H, T, channels] in blocks [1, 1, 64, D] and [1, 1, N, C], of which K channels are
     used; kl and the statistics float32 [B, H, T], as from `triton_kernels.forward_kernel`; bounds from
     `segment_kernels.tile_bounds(ids, 128, N)`. The grid is `tiles.grid`'s.
     """
@@ -182,7 +245,7 @@ def wide_forward_kernel(
 
     own_s = gl.allocate_shared_memory(dtype, [2, 1, 1, HALF_ROWS, D], q_s.layout)
     own_t = gl.allocate_shared_memory(dtype, [2, 1, 1, HALF_ROWS, D], q_t.layout)
-    ring = gl.allocate_shared_memory(dtype, [SLOTS, 1, 1, N, D], k_s.layout)
+    ring = gl.allocate_shared_memory(dtype, [SLOTS, 1, 1, N, C], k_s.layout)
     own_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
@@ -200,13 +263,13 @@ def wide_forward_kernel(
         [
             (_forward_rows, (
                 segments, kl, max_s, max_t, inverse_s, inverse_t, sequence, start, last, count, full, seq_len, kind,
-                log2_scale, own_s, own_t, own_ready, ring, ready, free, 0, N, D, K, SLOTS, SEGMENTS,
+                log2_scale, own_s, own_t, own_ready, ring, ready, free, 0, N, D, C, K, SLOTS, SEGMENTS,
             )),
             (_forward_rows, (
                 segments, kl, max_s, max_t, inverse_s, inverse_t, sequence, start, last, count, full, seq_len, kind,
-                log2_scale, own_s, own_t, own_ready, ring, ready, free, 1, N, D, K, SLOTS, SEGMENTS,
+                log2_scale, own_s, own_t, own_ready, ring, ready, free, 1, N, D, C, K, SLOTS, SEGMENTS,
             )),
-            (fetch_keys, (k_s, k_t, batch, head // group, last, count, ring, ready, free, N, D, SLOTS)),
+            (_fetch_parts, (k_s, k_t, batch, head // group, last, count, ring, ready, free, N, D, C, SLOTS)),
         ],
         [4, 1],
         [240, 24],

@@ -15,7 +15,17 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from .launch import launch
 from .segment_kernels import tile_bounds
-from .tiles import HOPPER_ROWS, Pipeline, Tile, Tiles, pad_head_dim, pick_pipeline, pick_tiles, pick_wide_pipeline
+from .tiles import (
+    HOPPER_ROWS,
+    Pipeline,
+    Tile,
+    Tiles,
+    WidePipeline,
+    pad_head_dim,
+    pick_pipeline,
+    pick_tiles,
+    pick_wide_pipeline,
+)
 from .torch_backend import Operands
 from .triton_kernels import backward_kernel, forward_again_kernel, forward_kernel
 
@@ -53,13 +63,13 @@ def forward(operands: Operands, softmax_scale: float, segment_ids: Tensor | None
         forward_again(operands, softmax_scale, segments, flags, kl, sum_s, sum_t)
         return kl, (sum_s, sum_t)
 
-    pipeline = wide_pipeline_of(operands)
-    if pipeline is not None:
+    wide = wide_pipeline_of(operands)
+    if wide is not None:
         from . import hopper_wide_backend
 
-        segments = _segments(names, HOPPER_ROWS, pipeline.block_n)
+        segments = _segments(names, HOPPER_ROWS, wide.forward_n)
         with on_device_of(q):
-            return hopper_wide_backend.forward(operands, softmax_scale, pipeline, segments)
+            return hopper_wide_backend.forward(operands, softmax_scale, wide, segments)
 
     tile = tiles_of(q).forward
     segments = _segments(names, tile.block_m, tile.block_n)
@@ -162,15 +172,15 @@ def backward(
             g, unit = g * BOOST, unit / BOOST
         with on_device_of(q[0]):
             return hopper_backend.backward(operands, softmax_scale, pipeline, segments, sum_s, sum_t, g, unit)
-    pipeline = wide_pipeline_of(operands)
-    if pipeline is not None:
+    wide = wide_pipeline_of(operands)
+    if wide is not None:
         from . import hopper_wide_backend
 
-        segments = _segments(names, HOPPER_ROWS, pipeline.block_n)
+        segments = _segments(names, HOPPER_ROWS, wide.backward_n)
         if unit is not None:
             g, unit = g * BOOST, unit / BOOST
         with on_device_of(q[0]):
-            return hopper_wide_backend.backward(operands, softmax_scale, pipeline, segments, tuple(statistics), g, unit)
+            return hopper_wide_backend.backward(operands, softmax_scale, wide, segments, tuple(statistics), g, unit)
     tile = tiles_of(q[0]).backward
     segments = _segments(names, tile.block_m, tile.block_n)
 
@@ -245,7 +255,7 @@ def pipeline_of(operands: Operands) -> Pipeline | None:
     return pipeline if hopper_backend.can_fetch(operands) else None
 
 
-def wide_pipeline_of(operands: Operands) -> Pipeline | None:
+def wide_pipeline_of(operands: Operands) -> WidePipeline | None:
     """The shapes of the Hopper kernels for 129 to 256 channels, or None where others are to run.
 
     Their results are equal bit for bit from run to run.
