@@ -53,12 +53,14 @@ def _shrink(total, factor, more):
 
 @gluon.jit
 def _add_student(s, m_s, l_s, visible, scale, MASK: gl.constexpr):
+    """The student's share in the sums of README.md, from its products s of one tile."""
     z_s, m_s, fall_s, factor = _rise(s, m_s, visible, scale, MASK)
     return z_s, m_s, fall_s, _shrink(l_s, factor, partial_sum(gl.exp2(z_s)))
 
 
 @gluon.jit
 def _add_teacher(t, z_s, fall_s, m_t, l_t, a, visible, scale, MASK: gl.constexpr):
+    """The teacher's, which comes after it."""
     z_t, m_t, fall_t, factor = _rise(t, m_t, visible, scale, MASK)
     p_t = gl.exp2(z_t)
     # Every old z_t - z_s becomes larger by this.

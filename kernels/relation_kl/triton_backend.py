@@ -147,7 +147,7 @@ def backward(
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of student_q and student_k; for a self-relation their sum, and None.
 
-    What follows the Hopper forward kernel is the Hopper backward kernel.
+    Up to 128 channels, what follows the Hopper forward kernel is the Hopper backward kernel.
     """
     q = operands.student_q, operands.teacher_q
     k = operands.student_k, operands.teacher_k
