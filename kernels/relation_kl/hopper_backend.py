@@ -21,12 +21,12 @@ from .torch_visit import Visit
 if TYPE_CHECKING:
     from .triton_visit import Places
 
-_LOG2_E = 1.4426950408889634
+LOG2_E = 1.4426950408889634
 _TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _HALF = HOPPER_ROWS // 2
 # Programs have 4 warps to begin with; the kernels call for the others. Fused multiply-adds do no harm here: those
 # whose rounding matters are written out, and what must cancel is computed alike for student and teacher.
-_OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
+OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
 
 
 def can_fetch(operands: Operands) -> bool:
@@ -59,8 +59,8 @@ def forward(
     names, bounds = segments or (flags, flags)
     launch(
         forward_kernel,
-        grid(tiles, batch * heads, _multiprocessors(q.device)),
-        *_descriptors(operands, pipeline),
+        grid(tiles, batch * heads, multiprocessors(q.device)),
+        *descriptors(operands, pipeline),
         names,
         bounds,
         kl,
@@ -74,10 +74,10 @@ def forward(
         seq_len,
         0,
         seq_len,
-        softmax_scale * _LOG2_E,
+        softmax_scale * LOG2_E,
         **{"N": pipeline.block_n, "D": pipeline.block_d, "K": pipeline.block_k, "SLOTS": pipeline.slots},
         **{"SEGMENTS": segments is not None, "VISIT": False},
-        **_OPTIONS,
+        **OPTIONS,
     )
     return kl, sum_s, sum_t, flags
 
@@ -114,13 +114,13 @@ def backward(
     grad = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     of_keys = None if operands.self_relation else torch.empty(k.shape, dtype=k.dtype, device=k.device)
     names, bounds = segments or (sum_s, sum_s)
-    together = grid(tiles, batch * heads, _multiprocessors(q.device))[0]
+    together = grid(tiles, batch * heads, multiprocessors(q.device))[0]
     sequences = batch * k.shape[1]
     progress = torch.zeros(4 + 2 * sequences, dtype=torch.int32, device=q.device)
     launch(
         backward_kernel,
-        min(tiles * batch * heads, _multiprocessors(q.device)),
-        *_descriptors(operands, pipeline),
+        min(tiles * batch * heads, multiprocessors(q.device)),
+        *descriptors(operands, pipeline),
         names,
         bounds,
         sum_s,
@@ -147,12 +147,12 @@ def backward(
         seq_len,
         0,
         1,
-        softmax_scale * _LOG2_E,
+        softmax_scale * LOG2_E,
         softmax_scale,
         channels=channels,
         **{"N": pipeline.block_n, "D": pipeline.block_d, "K": pipeline.block_k, "SEGMENTS": segments is not None},
         **{"SELF": operands.self_relation, "NARROW": unit is not None, "VISIT": False},
-        **_OPTIONS,
+        **OPTIONS,
     )
     finish(key_grad, softmax_scale, unit, pipeline, grad if of_keys is None else of_keys, progress[3:])
     return grad, of_keys
@@ -214,8 +214,8 @@ def forward_visit(
     flags = torch.empty(batch, heads, tiles, 2, dtype=torch.int32, device=a.device)
     launch(
         forward_kernel,
-        grid(tiles, batch * heads, _multiprocessors(a.device)),
-        *_descriptors(Operands(visit.q_s, visit.k_s, visit.q_t, visit.k_t, False), pipeline),
+        grid(tiles, batch * heads, multiprocessors(a.device)),
+        *descriptors(Operands(visit.q_s, visit.k_s, visit.q_t, visit.k_t, False), pipeline),
         *(segments or (flags, flags)),
         a,
         *pivots,
@@ -227,10 +227,10 @@ def forward_visit(
         places.seq_len,
         places.first_row,
         places.keys_end,
-        softmax_scale * _LOG2_E,
+        softmax_scale * LOG2_E,
         **{"N": pipeline.block_n, "D": pipeline.block_d, "K": pipeline.block_k, "SLOTS": pipeline.slots},
         **{"SEGMENTS": segments is not None, "VISIT": True},
-        **_OPTIONS,
+        **OPTIONS,
     )
     return flags
 
@@ -263,13 +263,13 @@ def backward_visit(
     tiles = -(-rows // HOPPER_ROWS) * batch * heads
     whole, parts = tiles, 1
     if segments is None and not visit.diagonal:
-        whole, parts = divide_last_wave(tiles, -(-places.keys_end // pipeline.block_n), _multiprocessors(k_grad.device))
+        whole, parts = divide_last_wave(tiles, -(-places.keys_end // pipeline.block_n), multiprocessors(k_grad.device))
     items = whole + (tiles - whole) * parts
     progress = torch.zeros(4, dtype=torch.int32, device=k_grad.device)
     launch(
         backward_kernel,
         items,  # a piece each: between them the exchanges' kernels find multiprocessors
-        *_descriptors(Operands(visit.q_s, visit.k_s, visit.q_t, visit.k_t, False), pipeline),
+        *descriptors(Operands(visit.q_s, visit.k_s, visit.q_t, visit.k_t, False), pipeline),
         *(segments or (row_grad, row_grad)),
         *statistics,
         row_grad,
@@ -292,44 +292,44 @@ def backward_visit(
         places.keys_end,
         whole,
         parts,
-        softmax_scale * _LOG2_E,
+        softmax_scale * LOG2_E,
         1.0,
         channels=channels,
         **{"N": pipeline.block_n, "D": pipeline.block_d, "K": pipeline.block_k, "SEGMENTS": segments is not None},
         **{"SELF": False, "NARROW": False, "VISIT": True},
-        **_OPTIONS,
+        **OPTIONS,
     )
 
 
 @lru_cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":  # where kernels are only compiled
         return 132
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _descriptors(operands: Operands, pipeline: Pipeline) -> tuple[TensorDescriptor, ...]:
+def descriptors(operands: Operands, pipeline: Pipeline) -> tuple[TensorDescriptor, ...]:
     """Of student_q, student_k, teacher_q and teacher_k, as both kernels take them."""
     q, k = (_HALF, pipeline.block_d), (pipeline.block_n, pipeline.block_d)
     return (
-        _descriptor(operands.student_q, *q),
-        _descriptor(operands.student_k, *k),
-        _descriptor(operands.teacher_q, *q),
-        _descriptor(operands.teacher_k, *k),
+        descriptor(operands.student_q, *q),
+        descriptor(operands.student_k, *k),
+        descriptor(operands.teacher_q, *q),
+        descriptor(operands.teacher_k, *k),
     )
 
 
 def _gradient_descriptor(grad: Tensor, pipeline: Pipeline) -> TensorDescriptor:
     """Of a gradient in register order in blocks of half of the channels of 64 tokens."""
-    return _descriptor(grad, pipeline.block_d // 8, 256)
+    return descriptor(grad, pipeline.block_d // 8, 256)
 
 
-def _descriptor(x: Tensor, tokens: int, channels: int) -> TensorDescriptor:
+def descriptor(x: Tensor, tokens: int, channels: int) -> TensorDescriptor:
     """Of x [B, H, T, D] in blocks [1, 1, tokens, channels]; what lies beyond T and D reads as 0."""
     blank = _blank_descriptor(x.shape, x.stride(), x.dtype, tokens, channels)
-    descriptor = TensorDescriptor.__new__(TensorDescriptor)
-    descriptor.__dict__.update(blank.__dict__, base=x)
-    return descriptor
+    made = TensorDescriptor.__new__(TensorDescriptor)
+    made.__dict__.update(blank.__dict__, base=x)
+    return made
 
 
 @lru_cache(maxsize=1024)

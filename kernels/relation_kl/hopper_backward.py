@@ -38,7 +38,7 @@ _INTEGERS = [
 
 
 @gluon.jit
-def _clear_padding(tile, segments, start, seq_len):
+def clear_padding(tile, segments, start, seq_len):
     """Set the tokens of padding of a tile [R, D] in shared memory to 0: they may hold anything, NaN included."""
     R: gl.constexpr = tile.shape[0]
     D: gl.constexpr = tile.shape[1]
@@ -207,7 +207,7 @@ def _backward_rows(
         if SEGMENTS:  # noqa: SIM102 - for the compiler, unlike the next
             if kind == PADDED:
                 for i in range(2):
-                    _clear_padding(own.index(2 * i + HALF).reshape([HALF_ROWS, D]), names, start, seq_len)
+                    clear_padding(own.index(2 * i + HALF).reshape([HALF_ROWS, D]), names, start, seq_len)
                 barrier()
         slot = visited % 2
         mbarrier.wait(ready_s.index(slot), (visited // 2) & 1)
@@ -249,7 +249,7 @@ def _backward_rows(
                     of_keys = gl.load(bounds + (batch * gl.cdiv(seq_len, ROWS) + key_start // ROWS) * 5 + 4)
                     if of_keys == PADDED:
                         # Both warpgroups do it: neither needs to wait for the other then.
-                        _clear_padding(y, names + fresh, key_start, seq_len)
+                        clear_padding(y, names + fresh, key_start, seq_len)
                     if not VISIT:  # the first tile of keys are the rows themselves
                         alike = (j == 0) & (full & 3 == ALIKE)
                 w = _without_invisible(

@@ -1,7 +1,8 @@
-"""What the two Hopper kernels share, in Gluon, Triton's language of explicit layouts, memory and barriers.
+"""What the Hopper kernels share, in Gluon, Triton's language of explicit layouts, memory and barriers.
 
-The kernels run on compute capability 9.0, for 16-bit inputs of up to 128 channels. Work comes in row tiles, 128 rows of
-one head: one a program in forward, one after the other in backward. Two warpgroups do 64 rows each; a warp beside them
+The kernels run on compute capability 9.0, for 16-bit inputs, of up to 128 channels or, with `wide` in their names, of
+more. Work comes in row tiles, 128 rows of one head: one a program, or, in backward up to 128 channels, one after the
+other. Two warpgroups do 64 rows each; a warp beside them
 fetches the tiles of keys with TMA. Products are issued asynchronously, and each place that waits says for what. Tiles
 of keys are visited from the diagonal backwards. What was tried besides, and what it gave, is in README.md.
 

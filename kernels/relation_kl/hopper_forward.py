@@ -24,13 +24,13 @@ _LN2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
-def _partial_sum(x):
+def partial_sum(x):
     """[R, C] -> [R, 8]: the sums that need no exchange between threads; those are added up once at the end."""
     return gl.sum(x.reshape([x.shape[0], x.shape[1] // 8, 8]), 1)
 
 
 @gluon.jit
-def _next(slot, phase, SLOTS: gl.constexpr):
+def next_slot(slot, phase, SLOTS: gl.constexpr):
     """The next buffer of a ring, and the phase of its barrier."""
     slot += 1
     wrap = slot == SLOTS
@@ -45,7 +45,7 @@ def _relative_sum(total, excess):
 
 
 @gluon.jit
-def _forward_fetch(
+def fetch_keys(
     k_s, k_t, batch, key_head, last, count, ring, ready, free,
     N: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
@@ -57,11 +57,11 @@ def _forward_fetch(
         mbarrier.wait(free.index(slot), phase)
         mbarrier.expect(ready.index(slot), N * D * 2)
         tma.async_copy_global_to_shared(k_s, at, ready.index(slot), ring.index(slot))
-        slot, phase = _next(slot, phase, SLOTS)
+        slot, phase = next_slot(slot, phase, SLOTS)
         mbarrier.wait(free.index(slot), phase)
         mbarrier.expect(ready.index(slot), N * D * 2)
         tma.async_copy_global_to_shared(k_t, at, ready.index(slot), ring.index(slot))
-        slot, phase = _next(slot, phase, SLOTS)
+        slot, phase = next_slot(slot, phase, SLOTS)
 
 
 @gluon.jit
@@ -86,7 +86,7 @@ def _forward_rows(
     none = gl.zeros([HALF_ROWS, N], gl.float32, mma)
     slot_s = gl.to_tensor(0)
     phase_s = gl.to_tensor(0)
-    slot_t, phase_t = _next(slot_s, phase_s, SLOTS)
+    slot_t, phase_t = next_slot(slot_s, phase_s, SLOTS)
 
     # The tile on the diagonal
     mbarrier.wait(own_ready, 0)
@@ -115,26 +115,26 @@ def _forward_rows(
     z_s = gl.where(visible, exponent(s, log2_scale, m_s), MASKED)
     z_t = gl.where(visible, exponent(t, log2_scale, m_t), MASKED)
     p_t = gl.exp2(z_t)
-    l_s = _partial_sum(gl.exp2(z_s))
-    l_t = _partial_sum(p_t)
-    a = _partial_sum(p_t * (z_t - z_s))
+    l_s = partial_sum(gl.exp2(z_s))
+    l_t = partial_sum(p_t)
+    a = partial_sum(p_t * (z_t - z_s))
 
     # From here on the student's product is one tile ahead. After the last tile it is taken of what the buffer holds,
     # and not used.
-    slot_s, phase_s = _next(slot_t, phase_t, SLOTS)
+    slot_s, phase_s = next_slot(slot_t, phase_t, SLOTS)
     mbarrier.wait(ready.index(slot_s), phase_s, pred=count > 1)
     y = ring.index(slot_s).reshape([N, D])
     s = warpgroup_mma_wait(0, deps=[logits(x_s, y, none, K)])
     for j in range(1, full):
-        slot_t, phase_t = _next(slot_s, phase_s, SLOTS)
+        slot_t, phase_t = next_slot(slot_s, phase_s, SLOTS)
         mbarrier.wait(ready.index(slot_t), phase_t)
         y = ring.index(slot_t).reshape([N, D])
         t = logits(x_t, y, none, K)
         mbarrier.arrive(free.index(slot_s))
         # beside the teacher's product
         z_s = exponent(s, log2_scale, m_s)
-        l_s += _partial_sum(gl.exp2(z_s))
-        slot_s, phase_s = _next(slot_t, phase_t, SLOTS)
+        l_s += partial_sum(gl.exp2(z_s))
+        slot_s, phase_s = next_slot(slot_t, phase_t, SLOTS)
         mbarrier.wait(ready.index(slot_s), phase_s, pred=j + 1 < count)
         y = ring.index(slot_s).reshape([N, D])
         s = logits(x_s, y, none, K)
@@ -143,14 +143,14 @@ def _forward_rows(
         # beside the student's next product
         z_t = exponent(t, log2_scale, m_t)
         p_t = gl.exp2(z_t)
-        l_t += _partial_sum(p_t)
-        a += _partial_sum(p_t * (z_t - z_s))
+        l_t += partial_sum(p_t)
+        a += partial_sum(p_t * (z_t - z_s))
         s = warpgroup_mma_wait(0, deps=[s])
 
     if SEGMENTS:
         # Few tiles need a mask; one beside the other's product would not fit into the registers.
         for j in range(full, count):
-            slot_t, phase_t = _next(slot_s, phase_s, SLOTS)
+            slot_t, phase_t = next_slot(slot_s, phase_s, SLOTS)
             mbarrier.wait(ready.index(slot_t), phase_t)
             y = ring.index(slot_t).reshape([N, D])
             t = warpgroup_mma_wait(0, deps=[logits(x_t, y, none, K)])
@@ -162,10 +162,10 @@ def _forward_rows(
             z_s = gl.where(visible, exponent(s, log2_scale, m_s), MASKED)
             z_t = gl.where(visible, exponent(t, log2_scale, m_t), MASKED)
             p_t = gl.exp2(z_t)
-            l_s += _partial_sum(gl.exp2(z_s))
-            l_t += _partial_sum(p_t)
-            a += _partial_sum(p_t * (z_t - z_s))
-            slot_s, phase_s = _next(slot_t, phase_t, SLOTS)
+            l_s += partial_sum(gl.exp2(z_s))
+            l_t += partial_sum(p_t)
+            a += partial_sum(p_t * (z_t - z_s))
+            slot_s, phase_s = next_slot(slot_t, phase_t, SLOTS)
             mbarrier.wait(ready.index(slot_s), phase_s, pred=j + 1 < count)
             y = ring.index(slot_s).reshape([N, D])
             s = warpgroup_mma_wait(0, deps=[logits(x_s, y, none, K)])
@@ -250,7 +250,7 @@ def forward_kernel(
                 first_row, keys_end, kind, log2_scale, own_s, own_t, own_ready, ring, ready, free,
                 1, N, D, K, SLOTS, SEGMENTS, VISIT,
             )),
-            (_forward_fetch, (k_s, k_t, batch, head // group, last, count, ring, ready, free, N, D, SLOTS)),
+            (fetch_keys, (k_s, k_t, batch, head // group, last, count, ring, ready, free, N, D, SLOTS)),
         ],
         [4, 1],
         [240, 24],

@@ -43,6 +43,22 @@ class Pipeline:
     slots: int
 
 
+@dataclass(frozen=True)
+class WidePipeline:
+    """The shapes of the Hopper kernels for more than 128 channels.
+
+    HOPPER_ROWS rows against forward_n keys at a time, or against backward_n tokens. In forward, tiles of keys come in
+    parts of forward_c channels, into `slots` buffers. block_d and block_k are as for `Pipeline`.
+    """
+
+    forward_n: int
+    forward_c: int
+    slots: int
+    backward_n: int
+    block_d: int
+    block_k: int
+
+
 # Channels up to which it serves -> pipeline. 128 channels take 224 KiB of shared memory, of 227 that a block can have.
 _PIPELINES = {
     64: Pipeline(128, 64, 64, 8),
@@ -50,6 +66,8 @@ _PIPELINES = {
     96: Pipeline(128, 128, 96, 5),
     128: Pipeline(128, 128, 128, 5),
 }
+# The same for more channels. They take 224 to 226 KiB.
+_WIDE_PIPELINES = {192: WidePipeline(128, 128, 3, 64, 256, 192), 256: WidePipeline(128, 128, 3, 64, 256, 256)}
 
 # (architecture as CUDA spells it, bytes of a token's padded vector) -> tiles
 _TILES = {
@@ -111,6 +129,20 @@ def pick_pipeline(architecture: str, head_dim: int, element_size: int) -> Pipeli
     if architecture != "sm_90" or element_size != 2:
         return None
     return next((pipeline for most, pipeline in _PIPELINES.items() if head_dim <= most), None)
+
+
+@lru_cache
+def pick_wide_pipeline(architecture: str, head_dim: int, element_size: int) -> WidePipeline | None:
+    """The shapes of the Hopper kernels for 129 to 256 channels, or None where those do not run.
+
+    Args:
+        architecture: as for `pick_tiles`.
+        head_dim: D, before padding.
+        element_size: bytes of one element, 2 or 4.
+    """
+    if architecture != "sm_90" or element_size != 2 or head_dim <= max(_PIPELINES):
+        return None
+    return next((pipeline for most, pipeline in _WIDE_PIPELINES.items() if head_dim <= most), None)
 
 
 @lru_cache(maxsize=1024)

@@ -15,7 +15,17 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from .launch import launch
 from .segment_kernels import tile_bounds
-from .tiles import HOPPER_ROWS, Pipeline, Tile, Tiles, pad_head_dim, pick_pipeline, pick_tiles
+from .tiles import (
+    HOPPER_ROWS,
+    Pipeline,
+    Tile,
+    Tiles,
+    WidePipeline,
+    pad_head_dim,
+    pick_pipeline,
+    pick_tiles,
+    pick_wide_pipeline,
+)
 from .torch_backend import Operands
 from .triton_kernels import backward_kernel, forward_again_kernel, forward_kernel
 
@@ -36,8 +46,9 @@ _DOT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: t
 def forward(operands: Operands, softmax_scale: float, segment_ids: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Rows [B, H, T], and what backward wants, float32 [B, H, T] each.
 
-    From the general kernels that is the maximum of each row's logits, of student and of teacher, in units of log 2,
-    and 1 / sum of the exponentials, of both; from the Hopper ones see `triton_kernels.relative_sum`, of both.
+    From the general kernels, and from the Hopper ones for more than 128 channels, that is the maximum of each row's
+    logits, of student and of teacher, in units of log 2, and 1 / sum of the exponentials, of both; from the other
+    Hopper ones see `triton_kernels.relative_sum`, of both.
     """
     q, k = operands.student_q, operands.student_k
     batch, heads, seq_len, _ = q.shape
@@ -51,6 +62,14 @@ def forward(operands: Operands, softmax_scale: float, segment_ids: Tensor | None
             kl, sum_s, sum_t, flags = hopper_backend.forward(operands, softmax_scale, pipeline, segments)
         forward_again(operands, softmax_scale, segments, flags, kl, sum_s, sum_t)
         return kl, (sum_s, sum_t)
+
+    wide = wide_pipeline_of(operands)
+    if wide is not None:
+        from . import hopper_wide_backend
+
+        segments = _segments(names, HOPPER_ROWS, wide.forward_n)
+        with on_device_of(q):
+            return hopper_wide_backend.forward(operands, softmax_scale, wide, segments)
 
     tile = tiles_of(q).forward
     segments = _segments(names, tile.block_m, tile.block_n)
@@ -128,7 +147,7 @@ def backward(
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of student_q and student_k; for a self-relation their sum, and None.
 
-    What follows the Hopper forward kernel is the Hopper backward kernel.
+    Up to 128 channels, what follows the Hopper forward kernel is the Hopper backward kernel.
     """
     q = operands.student_q, operands.teacher_q
     k = operands.student_k, operands.teacher_k
@@ -153,6 +172,15 @@ def backward(
             g, unit = g * BOOST, unit / BOOST
         with on_device_of(q[0]):
             return hopper_backend.backward(operands, softmax_scale, pipeline, segments, sum_s, sum_t, g, unit)
+    wide = wide_pipeline_of(operands)
+    if wide is not None:
+        from . import hopper_wide_backend
+
+        segments = _segments(names, HOPPER_ROWS, wide.backward_n)
+        if unit is not None:
+            g, unit = g * BOOST, unit / BOOST
+        with on_device_of(q[0]):
+            return hopper_wide_backend.backward(operands, softmax_scale, wide, segments, tuple(statistics), g, unit)
     tile = tiles_of(q[0]).backward
     segments = _segments(names, tile.block_m, tile.block_n)
 
@@ -221,6 +249,20 @@ def pipeline_of(operands: Operands) -> Pipeline | None:
     """The Hopper kernels' shapes, or None where the general kernels are to run."""
     pipeline = hopper_pipeline(operands.student_q)
     if pipeline is None:
+        return None
+    from . import hopper_backend
+
+    return pipeline if hopper_backend.can_fetch(operands) else None
+
+
+def wide_pipeline_of(operands: Operands) -> WidePipeline | None:
+    """The shapes of the Hopper kernels for 129 to 256 channels, or None where others are to run.
+
+    Their results are equal bit for bit from run to run.
+    """
+    x = operands.student_q
+    pipeline = pick_wide_pipeline(_architecture(x.device), x.shape[3], x.element_size())
+    if pipeline is None or not _HAS_GLUON:
         return None
     from . import hopper_backend
 

@@ -10,7 +10,15 @@ import tile_bounds_reference as reference
 import torch
 from relation_kl import segment_kernels
 from relation_kl.segment_kernels import ALIKE, MIXED, PADDED, tile_bounds
-from relation_kl.tiles import HOPPER_ROWS, divide_last_wave, grid, pad_head_dim, pick_pipeline, pick_tiles
+from relation_kl.tiles import (
+    HOPPER_ROWS,
+    divide_last_wave,
+    grid,
+    pad_head_dim,
+    pick_pipeline,
+    pick_tiles,
+    pick_wide_pipeline,
+)
 from relation_kl_checks import segment_ids_of
 
 
@@ -175,6 +183,18 @@ def test_hopper_pipelines(head_dim: int) -> None:
         assert pipeline == pick_pipeline("sm_90", head_dim, 2)
         assert head_dim <= pipeline.block_k <= pipeline.block_d <= max(64, pad_head_dim(head_dim))
         assert HOPPER_ROWS % pipeline.block_n == 0 and pipeline.slots >= 2
+
+
+@pytest.mark.parametrize("head_dim", [8, 128, 136, 192, 200, 256])
+def test_wide_pipelines(head_dim: int) -> None:
+    """They take over where the others end, with tiles that divide a row tile and buffers for more than one of them."""
+    wide = pick_wide_pipeline("sm_90", head_dim, 2)
+    assert (wide is None) == (pick_pipeline("sm_90", head_dim, 2) is not None)
+    assert pick_wide_pipeline("sm_90", head_dim, 4) is None and pick_wide_pipeline("sm_80", head_dim, 2) is None
+    if wide is not None:
+        assert head_dim <= wide.block_k <= wide.block_d
+        assert HOPPER_ROWS % wide.forward_n == 0 and HOPPER_ROWS % wide.backward_n == 0
+        assert wide.block_d % wide.forward_c == 0 and wide.slots > wide.block_d // wide.forward_c
 
 
 @pytest.mark.parametrize("sequences", [1, 7, 8, 31, 32, 96])

@@ -139,7 +139,7 @@ def test_kernels(kind: str, dtype: torch.dtype, device: torch.device) -> None:
 def test_row_tiles_in_pieces(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that few of the multiprocessors would be left with are divided by their keys."""
     for multiprocessors in (5, 7):
-        monkeypatch.setattr(hopper_backend, "_multiprocessors", lambda device, number=multiprocessors: number)
+        monkeypatch.setattr(hopper_backend, "multiprocessors", lambda device, number=multiprocessors: number)
         check(triton_visit, torch.bfloat16, 128, (4, 2), 700, 500, kind, torch.device("cuda"))
 
 
