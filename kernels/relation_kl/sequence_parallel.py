@@ -15,9 +15,9 @@ so that a group's first would come after its predecessor's last, and but for its
 host goes from one to the other wherever one would wait. The first group is half of a pass ahead, so that the two do not
 begin and end together, when much is exchanged and little computed.
 
-Of each group a rank holds two chunks of its own, the rows that it computes, three chunks of keys, gradients of its own
-keys and of one chunk on its way in and two out: memory O(T), T the local length, whatever P is; and no more than two
-groups of heads at once.
+Of each group a rank holds two chunks of its own, the rows that it computes, three chunks of keys and, in backward,
+gradients of eight chunks at most: memory O(T), T the local length, whatever P is; and no more than two groups of heads
+at once.
 
 Every rank starts its exchanges in the same order. Of a group: rows, keys of the first `_AHEAD` steps; then for each
 step keys of a later one, [at the last: gradients of rows,] gradients of the step's keys.
@@ -218,6 +218,8 @@ class SequenceParallel:
                 yield
                 continue
             step, chunk, keys = arrived
+            if step == plan.steps[-1]:
+                job.keys.clear()  # all are sent
             found = None if keys is None else nothing_yet(keys[0])
             if keys is not None and found is not None:
                 visit_all(keys, chunk, job.foreign, found)
@@ -375,11 +377,12 @@ class _Returns:
 
 
 def _start(operations: list[dist.P2POp]) -> list[Any]:
+    """Works, each with all of the operations, which hold the tensors until `_wait`, whether or not the works do."""
     operations = [operation for operation in operations if operation.tensor.numel() > 0]
-    return dist.batch_isend_irecv(operations) if operations else []
+    return [(work, operations) for work in dist.batch_isend_irecv(operations)] if operations else []
 
 
 def _wait(works: list[Any]) -> None:
-    for work in works:
+    for work, _ in works:
         work.wait()
-    works.clear()  # they hold the tensors
+    works.clear()
