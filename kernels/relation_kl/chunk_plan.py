@@ -1,4 +1,4 @@
-"""Who computes what of a sequence that is sharded over ranks: chunks of rows, and the keys that each needs."""
+"""Who computes what of a sequence that is sharded over ranks: chunks of rows, the keys that each needs, heads."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_ROW_TILE = 128
+# Row tiles of a visit that keep a GPU busy: with 132 multiprocessors, of a Hopper GPU, four waves but for the end.
+_VISIT_TILES = 512
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,11 @@ class Plan:
     def own(self) -> tuple[int, int]:
         """The chunks of this rank's shard."""
         return 2 * self.rank, 2 * self.rank + 1
+
+    @property
+    def row_lengths(self) -> list[int]:
+        """Tokens of the chunks whose rows this rank computes."""
+        return [self.lengths[chunk % 2] for chunk in self.rows[self.rank]]
 
     @property
     def steps(self) -> list[tuple[int, int]]:
@@ -106,6 +115,25 @@ def make_plan(q: Tensor, segment_ids: Tensor | None, group: Any) -> Plan | None:
         free.remove(worker)
         rows[worker] = sorted((less, more))
     return Plan(rank, ranks, lengths, rows, sees)
+
+
+def head_groups(heads: int, key_heads: int, batch: int, rows: int) -> list[tuple[slice, slice]]:
+    """Query heads and their key heads that are worked on together: no more than it takes for visits to fill a GPU.
+
+    All groups have as many. The numbers are the same on all ranks, and on all devices.
+
+    Args:
+        heads: H.
+        key_heads: Hkv.
+        batch: B.
+        rows: of the longer chunk.
+    """
+    shared = heads // key_heads
+    tiles = batch * shared * -(-rows // _ROW_TILE)
+    divisors = [count for count in range(1, key_heads + 1) if key_heads % count == 0]
+    count = next((count for count in divisors if count * tiles >= _VISIT_TILES), key_heads)
+    firsts = range(0, key_heads, count)
+    return [(slice(i * shared, (i + count) * shared), slice(i, i + count)) for i in firsts]
 
 
 def _check_lengths(lengths: list[int]) -> None:

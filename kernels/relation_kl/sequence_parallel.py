@@ -3,76 +3,47 @@
 A shard is cut into two chunks, and rows are computed by chunks: every rank works on one chunk with few keys and one
 with many, so that all work alike (with one segment: chunks w and 2 P - 1 - w, as in zigzag sharding). A rank begins
 with its own keys. After that it visits those of the rank before it, of the one before that, and so on, a chunk at a
-time, the next chunk on its way meanwhile; chunks that none of its rows can see are neither sent nor computed.
+time, the next chunks on their way meanwhile; chunks that none of its rows can see are neither sent nor computed.
 Statistics stay with the rows. In backward the gradient of fetched keys goes back to their owner in float32, a chunk
-behind, where it is added up in the order of the steps. A rank holds its own shard, the rows that it computes, two
-chunks of keys and what is on its way out: memory O(T), T the local length, whatever P is.
+behind, where it is added up in the order of the steps.
 
-Every rank starts its exchanges in the same order: rows, keys of the first step; then for each step keys of the next
-one, [at the last: gradients of rows,] gradients of the step's keys.
+All that is done for a group of heads (`head_groups`), and for two groups in turn, each on a stream of its own
+(`take_turns`): what one waits for passes while the other's visits are computed, the first and last exchanges of a group
+included, and where a kernel has few row tiles left, the other's next one fills the multiprocessors. To issue whole
+groups one after the other, on two streams, would not do: exchanges are executed in the order in which they are issued,
+so that a group's first would come after its predecessor's last, and but for its own keys it would run alone. So the
+host goes from one to the other wherever one would wait. The first group is half of a pass ahead, so that the two do not
+begin and end together, when much is exchanged and little computed.
+
+Of each group a rank holds two chunks of its own, the rows that it computes, three chunks of keys and, in backward,
+gradients of eight chunks at most: memory O(T), T the local length, whatever P is; and no more than two groups of heads
+at once.
+
+Every rank starts its exchanges in the same order. Of a group: rows, keys of the first `_AHEAD` steps; then for each
+step keys of a later one, [at the last: gradients of rows,] gradients of the step's keys.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .chunk_plan import Plan, make_plan
+from .head_group import Chunk, Job, Rows, by_heads, cut, empty_gradients, of_heads, pivots_of
 from .torch_backend import Operands
-from .torch_visit import State, Visit, exactly, own_logits, working
+from .torch_visit import State, exactly, working
 
 # With fewer, transfers take longer than the computation; with more, they slow it down (figures in README.md).
 _NCCL_BLOCKS = 8
-
-Chunk = list[Tensor]  # of keys: k_s, k_t [B, Hkv, N, D], and ids [B, N] where there are segments
-
-
-class _Rows(NamedTuple):
-    """What a rank knows of a chunk whose rows it computes."""
-
-    chunk: int
-    q_s: Tensor  # [B, H, R, D]
-    q_t: Tensor
-    ids: Tensor | None  # [B, R]
-    others: list[Tensor]  # [B, H, R]: the pivots of student and teacher in forward, upstream gradient in backward
-
-
-@dataclass
-class _Job:
-    """A call on this rank: its own keys, cut into chunks once, and the rows that it computes.
-
-    Attributes:
-        plan: who computes what.
-        keys: this rank's chunks.
-        own: the rows of this rank's chunks that it computes itself.
-        foreign: those of other ranks' chunks; not to be looked at before `wait`.
-        works: what brings them.
-    """
-
-    plan: Plan
-    keys: dict[int, Chunk]
-    own: list[_Rows]
-    foreign: list[_Rows]
-    works: list[Any]
-
-    @property
-    def rows(self) -> list[_Rows]:
-        """All rows that this rank computes, in the order of the plan, in which statistics are kept."""
-        return sorted(self.own + self.foreign, key=lambda rows: rows.chunk)
-
-    def visits(self, keys: Chunk, chunk: int, rows: Sequence[_Rows]) -> Iterator[tuple[_Rows, Visit]]:
-        """The visits of the chunk by those rows that may see it."""
-        k_s, k_t, *ids = keys
-        for each in rows:
-            if self.plan.sees[each.chunk][chunk]:
-                of_keys = ids[0] if ids else None
-                yield each, Visit(each.q_s, each.q_t, k_s, k_t, each.ids, of_keys, each.chunk == chunk)
+# Steps whose keys are on their way. With one, a rank with little to do in a step waits for those with much: the keys of
+# the next are not asked for before all have come to it.
+_AHEAD = 2
 
 
 def nccl_options() -> Any:
@@ -107,8 +78,19 @@ class SequenceParallel:
         plan = make_plan(operands.student_q, segment_ids, self.group)
         if plan is None:
             return self.local.forward(operands, softmax_scale, segment_ids)
-        job = self._start(plan, operands, segment_ids, self._pivots(operands, softmax_scale, segment_ids))
-        return self._forward(job, operands, softmax_scale)
+        q = operands.student_q
+        values = torch.empty(q.shape[:3], dtype=working(q), device=q.device)
+        computed = (*q.shape[:2], sum(plan.row_lengths))
+        statistics = tuple(torch.empty(computed, dtype=working(q), device=q.device) for _ in range(4))
+
+        def work(part: Operands, heads: slice, key_heads: slice, ids: Tensor | None) -> Iterator[None]:
+            job = self._start(plan, part, ids, pivots_of(part, softmax_scale, ids))
+            of_rows = yield from self._forward(job, part, softmax_scale, values[:, heads])
+            for x, *found in zip(statistics, *of_rows.values(), strict=True):
+                torch.cat(found, 2, out=x[:, heads])
+
+        by_heads(plan, operands, segment_ids, work)
+        return values, statistics
 
     @exactly
     def backward(
@@ -123,30 +105,47 @@ class SequenceParallel:
         plan = make_plan(operands.student_q, segment_ids, self.group)
         if plan is None:
             return self.local.backward(operands, softmax_scale, segment_ids, statistics, row_grad)
-        row_grad, unit = self._prepare(operands, softmax_scale, segment_ids, row_grad)
-        job = self._start(plan, operands, segment_ids, [row_grad])
-        return self._backward(job, operands, softmax_scale, statistics, unit)
+        prepared, unit = self._prepare(operands, softmax_scale, segment_ids, row_grad)
+        grads = empty_gradients(operands)
+
+        def work(part: Operands, heads: slice, key_heads: slice, ids: Tensor | None) -> Iterator[None]:
+            job = self._start(plan, part, ids, [prepared[:, heads]])
+            parts = ([y.contiguous() for y in x[:, heads].split(plan.row_lengths, 2)] for x in statistics)
+            of_rows = dict(zip(plan.rows[plan.rank], zip(*parts, strict=True), strict=True))
+            yield from self._backward(job, part, softmax_scale, of_rows, unit, of_heads(grads, heads, key_heads))
+
+        by_heads(plan, operands, segment_ids, work)
+        return grads
 
     @exactly
     def value_and_grad(
         self, operands: Operands, softmax_scale: float, segment_ids: Tensor | None, row_grad: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Rows and both gradients, by the two passes; rows of other ranks are fetched once."""
+        """Rows and both gradients, by the two passes of each group of heads; rows of other ranks are fetched once."""
         plan = make_plan(operands.student_q, segment_ids, self.group)
         if plan is None:
             return self.local.value_and_grad(operands, softmax_scale, segment_ids, row_grad)
-        row_grad, unit = self._prepare(operands, softmax_scale, segment_ids, row_grad)
-        pivots = self._pivots(operands, softmax_scale, segment_ids)
-        job = self._start(plan, operands, segment_ids, [*pivots, row_grad])
-        values, statistics = self._forward(job, operands, softmax_scale)
-        job.own, job.foreign = ([x._replace(others=x.others[2:]) for x in rows] for rows in (job.own, job.foreign))
-        return values, *self._backward(job, operands, softmax_scale, statistics, unit)
+        q = operands.student_q
+        prepared, unit = self._prepare(operands, softmax_scale, segment_ids, row_grad)
+        values, grads = torch.empty(q.shape[:3], dtype=working(q), device=q.device), empty_gradients(operands)
 
-    def _forward(self, job: _Job, operands: Operands, scale: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+        def work(part: Operands, heads: slice, key_heads: slice, ids: Tensor | None) -> Iterator[None]:
+            job = self._start(plan, part, ids, [*pivots_of(part, softmax_scale, ids), prepared[:, heads]])
+            of_rows = yield from self._forward(job, part, softmax_scale, values[:, heads])
+            job.own, job.foreign = ([x._replace(others=x.others[2:]) for x in rows] for rows in (job.own, job.foreign))
+            yield from self._backward(job, part, softmax_scale, of_rows, unit, of_heads(grads, heads, key_heads))
+
+        by_heads(plan, operands, segment_ids, work)
+        return values, *grads
+
+    def _forward(
+        self, job: Job, operands: Operands, scale: float, values: Tensor
+    ) -> Generator[None, None, dict[int, tuple[Tensor, ...]]]:
+        """Writes the values of this rank's rows; gives the statistics of the chunks that it computes, in order."""
         plan = job.plan
         states: dict[int, State] = {}
 
-        def visit_all(keys: Chunk, chunk: int, rows: Sequence[_Rows]) -> None:
+        def visit_all(keys: Chunk, chunk: int, rows: Sequence[Rows]) -> None:
             for each, visit in job.visits(keys, chunk, rows):
                 states[each.chunk].add(self.visits.forward(visit, scale, (each.others[0], each.others[1])))
 
@@ -154,39 +153,48 @@ class SequenceParallel:
         next(stream)
         for rows in (job.own, job.foreign):
             if rows is job.foreign:
+                yield
                 _wait(job.works)
             states |= {each.chunk: State.start(each.others[0], each.others[1]) for each in rows}
             for chunk in plan.own:
                 visit_all(job.keys[chunk], chunk, rows)
-        for _, chunk, keys in stream:
+        yield
+        for arrived in stream:
+            if arrived is None:
+                yield
+                continue
+            _, chunk, keys = arrived
             if keys is not None:
                 visit_all(keys, chunk, [*job.foreign, *job.own])
                 keys.clear()
         results = {each.chunk: states[each.chunk].rows(each.ids) for each in job.rows}
-        spans = {chunk: plan.span(chunk) for chunk in plan.own}
-        heads = operands.student_q.shape[:2]
-        shapes = {chunk: (*heads, span.stop - span.start) for chunk, span in spans.items()}
+        shapes = {chunk: tuple(values[:, :, plan.span(chunk)].shape) for chunk in plan.own}
         found, works = self._start_return(plan, results, shapes)
+        yield
         _wait(works)
-        values = torch.cat([found[chunk] for chunk in plan.own], 2)
-        statistics = zip(*(states[each.chunk].statistics() for each in job.rows), strict=True)
-        return values, tuple(torch.cat(each, 2) for each in statistics)
+        for chunk in plan.own:
+            values[:, :, plan.span(chunk)] = found[chunk]
+        return {each.chunk: states[each.chunk].statistics() for each in job.rows}
 
     def _backward(
-        self, job: _Job, operands: Operands, scale: float, statistics: Sequence[Tensor], unit: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        plan, q, k = job.plan, operands.student_q, operands.student_k
+        self,
+        job: Job,
+        operands: Operands,
+        scale: float,
+        of_rows: dict[int, tuple[Tensor, ...]],
+        unit: Tensor | None,
+        grads: tuple[Tensor, Tensor | None],
+    ) -> Iterator[None]:
+        """Writes the gradients of this rank's queries and keys; `of_rows` are the statistics."""
+        plan, q = job.plan, operands.student_q
 
         def nothing_yet(x: Tensor) -> Tensor:
             return torch.zeros(self.visits.gradient_shape(x), dtype=working(x), device=x.device)
 
-        chunks = plan.rows[plan.rank]
-        lengths = [plan.span(chunk).stop - plan.span(chunk).start for chunk in chunks]
-        of_rows = dict(zip(chunks, zip(*(x.split(lengths, 2) for x in statistics), strict=True), strict=True))
         k_grads = {chunk: nothing_yet(job.keys[chunk][0]) for chunk in plan.own}
         q_grads: dict[int, Tensor] = {}
 
-        def visit_all(keys: Chunk, chunk: int, rows: Sequence[_Rows], k_grad: Tensor) -> None:
+        def visit_all(keys: Chunk, chunk: int, rows: Sequence[Rows], k_grad: Tensor) -> None:
             for each, visit in job.visits(keys, chunk, rows):
                 q_grad = q_grads[each.chunk]
                 self.visits.backward(visit, scale, of_rows[each.chunk], each.others[0], q_grad, k_grad)
@@ -195,32 +203,40 @@ class SequenceParallel:
         next(stream)
         for rows in (job.own, job.foreign):
             if rows is job.foreign:
+                yield
                 _wait(job.works)
-            for each in rows:
-                # Of a self-relation the sum is wanted.
-                shared = operands.self_relation and each.chunk in k_grads
-                q_grads[each.chunk] = k_grads[each.chunk] if shared else nothing_yet(each.q_s)
+            # Of a self-relation the sum is wanted.
+            both = k_grads if operands.self_relation else {}
+            q_grads |= {x.chunk: both[x.chunk] if x.chunk in both else nothing_yet(x.q_s) for x in rows}
             for chunk in plan.own:
                 visit_all(job.keys[chunk], chunk, rows, k_grads[chunk])
         returns = _Returns(self, plan, k_grads)
         returned: tuple[dict[int, Tensor], list[Any]] = {}, []
-        for step, chunk, keys in stream:
+        yield
+        for arrived in stream:
+            if arrived is None:
+                yield
+                continue
+            step, chunk, keys = arrived
+            if step == plan.steps[-1]:
+                job.keys.clear()  # all are sent
             found = None if keys is None else nothing_yet(keys[0])
             if keys is not None and found is not None:
                 visit_all(keys, chunk, job.foreign, found)
             if step == plan.steps[-1]:
                 # The foreign rows are done; this rank's own visit is still to come.
+                job.foreign.clear()
                 shapes = {chunk: self.visits.gradient_shape(q[:, :, plan.span(chunk)]) for chunk in plan.own}
                 returned = self._start_return(plan, q_grads, shapes)
             if keys is not None and found is not None:
                 visit_all(keys, chunk, job.own, found)
                 keys.clear()
             returns.send(step, found)
-        returns.finish()
         of_queries, works = returned
+        yield
+        returns.finish()
         _wait(works)
-        grad = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        of_keys = None if operands.self_relation else torch.empty(k.shape, dtype=k.dtype, device=k.device)
+        grad, of_keys = grads
         for chunk in plan.own:
             span, q_grad, k_grad = plan.span(chunk), of_queries[chunk], k_grads[chunk]
             if of_keys is not None:
@@ -228,11 +244,6 @@ class SequenceParallel:
             elif q_grad is not k_grad:
                 q_grad += k_grad
             self.visits.finish(q_grad, unit, grad[:, :, span])
-        return grad, of_keys
-
-    def _pivots(self, operands: Operands, scale: float, segment_ids: Tensor | None) -> list[Tensor]:
-        q_s, k_s, q_t, k_t, _ = operands
-        return [own_logits(q, k, scale, segment_ids) for q, k in ((q_s, k_s), (q_t, k_t))]
 
     def _prepare(
         self, operands: Operands, scale: float, segment_ids: Tensor | None, row_grad: Tensor
@@ -243,22 +254,22 @@ class SequenceParallel:
             row_grad = torch.where((segment_ids >= 0)[:, None], row_grad, 0.0)
         return self.visits.prepare(row_grad, operands.student_q.dtype, scale, self.group)
 
-    def _start(self, plan: Plan, operands: Operands, segment_ids: Tensor | None, others: list[Tensor]) -> _Job:
+    def _start(self, plan: Plan, operands: Operands, segment_ids: Tensor | None, others: list[Tensor]) -> Job:
         """Cuts the shard into chunks, and sends for the rows of other ranks; `others` are [B, H, T]."""
-        ids = [] if segment_ids is None else [segment_ids.long()]
+        ids = [] if segment_ids is None else [segment_ids]
         keys, rows = {}, {}
         for chunk in plan.own:
             span = plan.span(chunk)
-            keys[chunk] = [_cut(x, span) for x in (operands.student_k, operands.teacher_k, *ids)]
+            keys[chunk] = [cut(x, span) for x in (operands.student_k, operands.teacher_k, *ids)]
             queries = (
                 keys[chunk][:2]
                 if operands.self_relation
-                else [_cut(x, span) for x in (operands.student_q, operands.teacher_q)]
+                else [cut(x, span) for x in (operands.student_q, operands.teacher_q)]
             )
-            rows[chunk] = [*queries, *(_cut(x, span) for x in (*others, *ids))]
+            rows[chunk] = [*queries, *(cut(x, span) for x in (*others, *ids))]
 
-        def named(chunk: int, tensors: list[Tensor]) -> _Rows:
-            return _Rows(chunk, tensors[0], tensors[1], tensors[-1] if ids else None, tensors[2 : 2 + len(others)])
+        def named(chunk: int, tensors: list[Tensor]) -> Rows:
+            return Rows(chunk, tensors[0], tensors[1], tensors[-1] if ids else None, tensors[2 : 2 + len(others)])
 
         # A chunk's shape is that of this rank's first or second one.
         shapes = {chunk: rows[plan.own[chunk % 2]] for chunk in plan.rows[plan.rank]}
@@ -266,7 +277,7 @@ class SequenceParallel:
         found, works = self._exchange(plan, moves, rows, shapes)
         own = [named(chunk, x) for chunk, x in found.items() if chunk in plan.own]
         foreign = [named(chunk, x) for chunk, x in found.items() if chunk not in plan.own]
-        return _Job(plan, keys, own, foreign, works)
+        return Job(plan, keys, own, foreign, works)
 
     def _start_return(
         self, plan: Plan, results: dict[int, Tensor], shapes: dict[int, tuple[int, ...]]
@@ -300,11 +311,11 @@ class SequenceParallel:
                 operations += [self._send(x, target) for x in parts[chunk]]
         return found, _start(operations)
 
-    def _keys(self, job: _Job) -> Iterator[tuple[tuple[int, int], int, Chunk | None]]:
-        """First an empty step, by which the first keys are on their way; then (step, chunk, keys, if needed) for each.
+    def _keys(self, job: Job) -> Iterator[tuple[tuple[int, int], int, Chunk | None] | None]:
+        """For each step None, when its keys are to be waited for, then (step, chunk, keys, if needed).
 
-        The next step's keys are on their way meanwhile. Whoever takes a step's keys clears them when done: nothing
-        else holds them.
+        The first keys are on their way when the first None comes, and those of `_AHEAD` steps after that. Whoever takes
+        a step's keys clears them when done: nothing else holds them.
         """
         plan = job.plan
 
@@ -320,12 +331,13 @@ class SequenceParallel:
             return -1 if coming is None else coming[1], buffers, _start(operations)
 
         steps = plan.steps
-        following = begin(steps[0])
-        yield (0, 0), -1, None
+        coming = deque(begin(step) for step in steps[:_AHEAD])
         for i, step in enumerate(steps):
-            chunk, keys, works = following
+            yield None
+            chunk, keys, works = coming.popleft()
             _wait(works)
-            following = begin(steps[i + 1]) if i + 1 < len(steps) else (-1, None, [])
+            if i + _AHEAD < len(steps):
+                coming.append(begin(steps[i + _AHEAD]))
             yield step, chunk, keys
 
     def _send(self, x: Tensor, peer: int) -> dist.P2POp:
@@ -364,17 +376,13 @@ class _Returns:
         self.pending = [], None, 0, None
 
 
-def _cut(x: Tensor, span: slice) -> Tensor:
-    """A chunk of [B, H, T, ...] or, of ids, [B, T]."""
-    return (x[:, span] if x.dim() == 2 else x[:, :, span]).contiguous()
-
-
 def _start(operations: list[dist.P2POp]) -> list[Any]:
+    """Works, each with all of the operations, which hold the tensors until `_wait`, whether or not the works do."""
     operations = [operation for operation in operations if operation.tensor.numel() > 0]
-    return dist.batch_isend_irecv(operations) if operations else []
+    return [(work, operations) for work in dist.batch_isend_irecv(operations)] if operations else []
 
 
 def _wait(works: list[Any]) -> None:
-    for work in works:
+    for work, _ in works:
         work.wait()
-    works.clear()  # they hold the tensors
+    works.clear()

@@ -1,0 +1,100 @@
+"""What a rank has of one group of heads: operands, rows and keys by chunks, its part of the results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .chunk_plan import Plan, head_groups
+from .lanes import take_turns
+from .torch_backend import Operands
+from .torch_visit import Visit, own_logits
+
+Chunk = list[Tensor]  # of keys: k_s, k_t [B, Hkv, N, D], and ids [B, N] where there are segments
+
+
+class Rows(NamedTuple):
+    """What a rank knows of a chunk whose rows it computes."""
+
+    chunk: int
+    q_s: Tensor  # [B, H, R, D]
+    q_t: Tensor
+    ids: Tensor | None  # [B, R]
+    others: list[Tensor]  # [B, H, R]: the pivots of student and teacher in forward, upstream gradient in backward
+
+
+@dataclass
+class Job:
+    """What this rank does for a group of heads: its own keys, cut into chunks once, and the rows that it computes.
+
+    Attributes:
+        plan: who computes what.
+        keys: this rank's chunks.
+        own: the rows of this rank's chunks that it computes itself.
+        foreign: those of other ranks' chunks; not to be looked at before `wait`.
+        works: what brings them.
+    """
+
+    plan: Plan
+    keys: dict[int, Chunk]
+    own: list[Rows]
+    foreign: list[Rows]
+    works: list[Any]
+
+    @property
+    def rows(self) -> list[Rows]:
+        """All rows that this rank computes, in the order of the plan, in which statistics are kept."""
+        return sorted(self.own + self.foreign, key=lambda rows: rows.chunk)
+
+    def visits(self, keys: Chunk, chunk: int, rows: Sequence[Rows]) -> Iterator[tuple[Rows, Visit]]:
+        """The visits of the chunk by those rows that may see it."""
+        k_s, k_t, *ids = keys
+        for each in rows:
+            if self.plan.sees[each.chunk][chunk]:
+                of_keys = ids[0] if ids else None
+                yield each, Visit(each.q_s, each.q_t, k_s, k_t, each.ids, of_keys, each.chunk == chunk)
+
+
+def by_heads(plan: Plan, operands: Operands, segment_ids: Tensor | None, work: Callable[..., Iterator[None]]) -> None:
+    """Runs `work(operands, heads, key_heads, ids)` for each group of heads.
+
+    Tensors that it closes over were made by the caller, who holds them until the end, see `take_turns`.
+    """
+    q, k = operands.student_q, operands.student_k
+    ids = None if segment_ids is None else segment_ids.long()
+    groups = head_groups(q.shape[1], k.shape[1], q.shape[0], plan.lengths[0])
+    pieces = []
+    for heads, key_heads in groups:
+        if operands.self_relation:  # `own_logits` asks whether queries and keys are the same tensor
+            x, y = q[:, heads], operands.teacher_q[:, heads]
+            part = Operands(x, x, y, y, True)
+        else:
+            q_t, k_t = operands.teacher_q, operands.teacher_k
+            part = Operands(q[:, heads], k[:, key_heads], q_t[:, heads], k_t[:, key_heads], False)
+        pieces.append(work(part, heads, key_heads, ids))
+    # Half of a pass, which yields 2 P times.
+    take_turns(pieces, q.device, lead=plan.ranks)
+
+
+def empty_gradients(operands: Operands) -> tuple[Tensor, Tensor | None]:
+    q, k = operands.student_q, operands.student_k
+    of_keys = None if operands.self_relation else torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), of_keys
+
+
+def of_heads(grads: tuple[Tensor, Tensor | None], heads: slice, key_heads: slice) -> tuple[Tensor, Tensor | None]:
+    return grads[0][:, heads], None if grads[1] is None else grads[1][:, key_heads]
+
+
+def pivots_of(operands: Operands, scale: float, ids: Tensor | None) -> list[Tensor]:
+    q_s, k_s, q_t, k_t, _ = operands
+    return [own_logits(q, k, scale, ids) for q, k in ((q_s, k_s), (q_t, k_t))]
+
+
+def cut(x: Tensor, span: slice) -> Tensor:
+    """A chunk of [B, H, T, ...] or, of ids, [B, T]."""
+    return (x[:, span] if x.dim() == 2 else x[:, :, span]).contiguous()
