@@ -116,7 +116,7 @@ def backward(
     names, bounds = segments or (sum_s, sum_s)
     together = grid(tiles, batch * heads, multiprocessors(q.device))[0]
     sequences = batch * k.shape[1]
-    progress = torch.zeros(4 + 2 * sequences, dtype=torch.int32, device=q.device)
+    progress = torch.zeros(2 + sequences, dtype=torch.int32, device=q.device)
     launch(
         backward_kernel,
         min(tiles * batch * heads, multiprocessors(q.device)),
@@ -132,7 +132,6 @@ def backward(
         _gradient_descriptor(key_grad, pipeline),
         grad,
         key_grad,
-        grad if of_keys is None else of_keys,
         progress,
         heads,
         k.shape[1],
@@ -154,7 +153,7 @@ def backward(
         **{"SELF": operands.self_relation, "NARROW": unit is not None, "VISIT": False},
         **OPTIONS,
     )
-    finish(key_grad, softmax_scale, unit, pipeline, grad if of_keys is None else of_keys, progress[3:])
+    finish(key_grad, softmax_scale, unit, pipeline, grad if of_keys is None else of_keys)
     return grad, of_keys
 
 
@@ -164,13 +163,8 @@ def gradient_shape(x: Tensor, pipeline: Pipeline) -> tuple[int, ...]:
     return batch, heads, -(-tokens // _HALF) * (pipeline.block_d // 4), 256
 
 
-def finish(
-    grad: Tensor, factor: float, unit: Tensor | None, pipeline: Pipeline, out: Tensor, left: Tensor | None = None
-) -> None:
-    """Writes factor (times unit[0]) times a gradient in register order to out [B, H, T, D].
-
-    With `left` only of the last left[0] blocks of 64 tokens.
-    """
+def finish(grad: Tensor, factor: float, unit: Tensor | None, pipeline: Pipeline, out: Tensor) -> None:
+    """Writes factor (times unit[0]) times a gradient in register order to out [B, H, T, D]."""
     batch, heads, tokens, channels = out.shape
     launch(
         finish_kernel,
@@ -178,12 +172,11 @@ def finish(
         grad,
         grad if unit is None else unit,
         out,
-        grad if left is None else left,
         heads,
         tokens,
         out.stride(),
         factor,
-        **{"channels": channels, "D": pipeline.block_d, "NARROW": unit is not None, "LEFT": left is not None},
+        **{"channels": channels, "D": pipeline.block_d, "NARROW": unit is not None},
         num_warps=4,
     )
 
@@ -265,7 +258,7 @@ def backward_visit(
     if segments is None and not visit.diagonal:
         whole, parts = divide_last_wave(tiles, -(-places.keys_end // pipeline.block_n), multiprocessors(k_grad.device))
     items = whole + (tiles - whole) * parts
-    progress = torch.zeros(4, dtype=torch.int32, device=k_grad.device)
+    progress = torch.zeros(2, dtype=torch.int32, device=k_grad.device)
     launch(
         backward_kernel,
         items,  # a piece each: between them the exchanges' kernels find multiprocessors
@@ -276,7 +269,6 @@ def backward_visit(
         row_grad,
         _gradient_descriptor(k_grad, pipeline),
         _gradient_descriptor(q_grad, pipeline),
-        k_grad,
         k_grad,
         progress,
         heads,

@@ -28,7 +28,7 @@ from .hopper_common import (
     span,
     visible_pairs,
 )
-from .hopper_gradient import add_up, added_but_last, all_added, in_register_order, send, tend, wait_zeroed
+from .hopper_gradient import add_up, in_register_order, send, set_to_zero, wait_zeroed
 from .segment_kernels import ALIKE, PADDED
 
 _INTEGERS = [
@@ -84,8 +84,9 @@ def _turned(j, tile, begin, count, VISIT: gl.constexpr):
 
 @gluon.jit
 def _backward_fetch(
-    q_s, k_s, q_t, k_t, bounds, progress, heads, key_heads, group, together, own_tiles, items, most, sequences, seq_len,
-    first_row, keys_end, whole, parts, box, posted, taken, own, own_ready, ring_s, ring_t, ready_s, ready_t, free_s, free_t,
+    q_s, k_s, q_t, k_t, bounds, progress, heads, key_heads, group, together, own_tiles, items, most,
+    seq_len, first_row, keys_end, whole, parts, box, posted, taken, own, own_ready, ring_s, ring_t, ready_s, ready_t,
+    free_s, free_t,
     N: gl.constexpr, D: gl.constexpr, SEGMENTS: gl.constexpr, VISIT: gl.constexpr,
 ):  # fmt: skip
     """Take row tiles, one after the other, and fetch their rows and the tiles of keys that they see: two buffers for
@@ -94,11 +95,6 @@ def _backward_fetch(
     tiles = gl.cdiv(seq_len, ROWS)
     fetched = gl.to_tensor(0)
     done = gl.to_tensor(0)
-    # The sequences of keys of the last three row tiles
-    last_but_2 = gl.to_tensor(0)
-    last_but_1 = gl.to_tensor(0)
-    latest = gl.to_tensor(0)
-    added = progress + 4 + sequences
     number = gl.atomic_add(progress, 1)
     while number < items:
         place = number
@@ -119,14 +115,8 @@ def _backward_fetch(
             begin = gl.where(number >= whole, count * part // parts, 0)
             count = gl.where(number >= whole, count * (part + 1) // parts, count) - begin
         else:
-            wait_zeroed(progress + 4 + batch * key_heads + key_head, gl.cdiv(seq_len, HALF_ROWS))
+            wait_zeroed(progress + 2 + batch * key_heads + key_head, own_tiles)
         post(box, posted, taken, (done & 1) ^ 1, batch, head, key_head, tile, last, count, full * 4 + kind, begin)
-        if not VISIT:
-            # The last row tile is begun, the one before it done, and what was done before that is added.
-            gl.atomic_add(added + last_but_2, 1, mask=done > 2, sem="release")
-            last_but_2 = last_but_1
-            last_but_1 = latest
-            latest = batch * key_heads + key_head
         for j in range(count):
             at = [batch, key_head, last - _turned(j, tile, begin, count, VISIT) * N, 0]
             slot = fetched % 2
@@ -147,16 +137,8 @@ def _backward_fetch(
                 tma.async_copy_global_to_shared(q_s, here, own_ready, own.index(i), pred=j == 0)
                 tma.async_copy_global_to_shared(q_t, here, own_ready, own.index(2 + i), pred=j == 0)
         done += 1
-        number = items
-        if done < most:
-            number = gl.atomic_add(progress, 1)
+        number = gl.where(done < most, gl.atomic_add(progress, 1, mask=done < most), items)
     post(box, posted, taken, (done & 1) ^ 1, 0, 0, 0, 0, 0, 0, 0, 0)
-    if not VISIT:
-        gl.atomic_add(added + last_but_2, 1, mask=done > 2, sem="release")
-        mbarrier.wait(taken, done & 1)
-        mbarrier.wait(taken, (done & 1) ^ 1)
-        gl.atomic_add(added + last_but_1, 1, mask=done > 1, sem="release")
-        gl.atomic_add(added + latest, 1, mask=done > 0, sem="release")
 
 
 @gluon.jit
@@ -298,9 +280,6 @@ def _backward_rows(
             visited += 1
 
         tma.store_wait(0)
-        if not VISIT:
-            # By now this waits for next to nothing, and all of the last row tile is added: `taken` will tell.
-            added_but_last()
         barrier()
         spare = weights.index(HALF)._reinterpret(gl.float32, [1, 1, D // 8, 256], key_grad.layout)
         if VISIT:
@@ -319,18 +298,13 @@ def _backward_rows(
             gl.store(pointers, (acc * factor).to(dtype), mask=inside)
         done += 1
         batch, head, key_head, tile, last, count, full, begin = receive(box, posted, taken, done & 1)
-    if VISIT:
-        tma.store_wait(0)
-    else:
-        all_added()
-        barrier()
-        mbarrier.arrive(taken)
+    tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=_INTEGERS)
 def backward_kernel(
     q_s, k_s, q_t, k_t, segments, bounds, pivot_s, pivot_t, sum_s, sum_t, row_grad, unit, key_grad, grad, key_sums,
-    finished, progress, heads, key_heads, group, together, own_tiles, items, most, sequences, seq_len, first_row,
+    progress, heads, key_heads, group, together, own_tiles, items, most, sequences, seq_len, first_row,
     keys_end, whole, parts, log2_scale, softmax_scale, channels: gl.constexpr,
     N: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SEGMENTS: gl.constexpr, SELF: gl.constexpr, NARROW: gl.constexpr,
     VISIT: gl.constexpr,
@@ -340,20 +314,22 @@ def backward_kernel(
     key_grad is a descriptor of float32 [B, key heads, T / 64 * D / 4, 256] in register order in blocks
     [1, 1, D / 8, 256]: the keys' gradient is added up there, not multiplied by softmax_scale, in no fixed order. With
     SELF the rows' is too; else it goes to grad [B, H, T, channels], finished. With NARROW, row_grad is in units of
-    unit[0].
+    unit[0]. Its memory, key_sums, may hold anything at first.
 
     Programs do `items` pieces of work between them: when through with one, each takes the next by progress[0], up to
     `most` of them; together they must be able to take all. A piece is one of a sequence's own_tiles row tiles, in the
     order of `tiles.grid`, whose first number is `together`.
 
-    Beside that they set key_sums, the memory that key_grad describes, to 0 and finish it, but for what they leave to
-    `finish_kernel`, to finished [B, key heads, T, channels], sequence by sequence (`hopper_gradient.tend`, which
-    describes progress). sequences = B * key_heads.
+    progress, int32 [2 + sequences], is 0 at first: how many pieces have been taken; how many tiles of key_sums have
+    been taken to be set to 0; and how many of each of the B * key_heads sequences are 0 by now.
 
-    In a visit key_grad is 0 or anything else to be added to, and not finished: sequences is 0. grad is a descriptor
-    like key_grad, of the rows, to which theirs is added; unit is not looked at. Of the row tiles, in order, those
-    behind the first `whole` are `parts` pieces each, which divide their keys. Pivots, first_row, keys_end, whole and
-    parts are for visits only.
+    In a visit key_grad is added to, and nothing set to 0: sequences is 0. grad is a descriptor like key_grad, of the
+    rows, to which theirs is added; unit is not looked at. Of the row tiles, in order, those behind the first `whole`
+    are `parts` pieces each, which divide their keys. Pivots, first_row, keys_end, whole and parts are for visits only.
+
+    LLVM, which looks at no more than 32 blocks of code to see whether one leads to another, moves what both warpgroups
+    compute first to where the kernel begins once the partitions beside them have more than a few branches. That takes
+    registers in the loop that it has not: hence predicates where branches would do, and `wait_zeroed` in one piece.
     """
     dtype: gl.constexpr = q_s.dtype
     # The student's rows, and the teacher's
@@ -400,14 +376,11 @@ def backward_kernel(
                 weights, weights_ready, weights_free, stage, 1, channels, N, D, K, SEGMENTS, SELF, NARROW, VISIT,
             )),
             (_backward_fetch, (
-                q_s, k_s, q_t, k_t, bounds, progress, heads, key_heads, group, together, own_tiles, items, most, sequences,
-                seq_len, first_row, keys_end, whole, parts, box, posted, taken, own, own_ready, ring_s, ring_t, ready_s,
-                ready_t, free_s, free_t, N, D, SEGMENTS, VISIT,
+                q_s, k_s, q_t, k_t, bounds, progress, heads, key_heads, group, together, own_tiles, items, most,
+                seq_len, first_row, keys_end, whole, parts, box, posted, taken, own, own_ready, ring_s,
+                ring_t, ready_s, ready_t, free_s, free_t, N, D, SEGMENTS, VISIT,
             )),
-            (tend, (
-                key_sums, finished, unit, progress, sequences, group, together, own_tiles,
-                items, seq_len, softmax_scale, channels, D, NARROW, 2,
-            )),
+            (set_to_zero, (key_sums, progress, sequences, own_tiles, seq_len, D, 2)),
         ],
         [4, 1, 2],
         [240, 24, 24],

@@ -2,8 +2,8 @@
 
 64 tokens lie as the 128 threads of a warpgroup hold them, [2, D / 16, 128, 4], which is half of the channels, 8 of its
 channels, a thread, and this thread's 2 x 2 numbers of tokens r and r + 8 and of neighbouring channels. So each thread
-puts 16 bytes beside those of the thread before it into shared memory, and TMA reads 16 KiB in a row. `tend`, beside the
-computation, or `finish_kernel`, after it, bring them into order.
+puts 16 bytes beside those of the thread before it into shared memory, and TMA reads 16 KiB in a row. `finish_kernel`
+brings them into order.
 """
 
 # What the decorators make of these functions is not what pyright reads.
@@ -60,122 +60,54 @@ def send(descriptor, batch, head, block, left, right, D: gl.constexpr):
 
 
 @gluon.jit
-def added_but_last():
-    """Wait until what this thread has sent is added, but for the last `send`; `tma.store_wait` waits only until it is
-    read."""
-    gl.inline_asm_elementwise(
-        "cp.async.bulk.wait_group 2; mov.b32 $0, $1;", "=r,r", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def all_added():
-    """Wait until all that this thread has sent is added."""
-    gl.inline_asm_elementwise(
-        "cp.async.bulk.wait_group 0; mov.b32 $0, $1;", "=r,r", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def wait_zeroed(zeroed, blocks):
-    """Wait until all blocks of a gradient are 0, by their counter."""
+def wait_zeroed(zeroed, tiles):
+    """Wait until all tiles of a gradient are 0, by their counter."""
     gl.inline_asm_elementwise(
         "{ .reg .pred done; .reg .b32 count; waitLoop: ld.acquire.gpu.global.b32 count, [$1];"
         "setp.ge.s32 done, count, $2; @!done bra waitLoop; mov.b32 $0, count; }",
-        "=r,l,r", [zeroed.to(gl.int64, bitcast=True), blocks], dtype=gl.int32, is_pure=False, pack=1,
+        "=r,l,r", [zeroed.to(gl.int64, bitcast=True), tiles], dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
 @gluon.jit
-def tend(
-    sums, out, unit, progress, sequences, rows_of_keys, lead, own_tiles, items, tokens, factor,
-    channels: gl.constexpr, D: gl.constexpr, NARROW: gl.constexpr, WARPS: gl.constexpr,
-):  # fmt: skip
-    """Beside those who compute: set gradients to 0 before they are added to, and finish those that are complete.
+def set_to_zero(sums, progress, sequences, own_tiles, tokens, D: gl.constexpr, WARPS: gl.constexpr):
+    """Set gradients to 0 beside those who compute, in the order in which the row tiles come by.
 
-    Nobody waits here: each program's warps take blocks of 64 tokens by tickets, one to be set to 0 and one to be
-    finished, in the order in which the row tiles come by, and look at both in turn. What is not complete when all row
-    tiles have been handed out is left to `finish_kernel`.
+    Each program's warps take tiles of 128 tokens by tickets until there are none left; they wait for nobody.
 
     Args:
         sums: float32, the gradients in register order, in device memory; anything at first.
-        out: [sequences, tokens, channels], what is finished: factor times the sums, with NARROW times unit[0].
-        progress: int32 [4 + 2 * sequences], 0 at first: how many row tiles have been handed out; tickets for blocks to
-            be set to 0, and to be finished; how many blocks, the last ones, are left; for each sequence, how many
-            blocks are 0; and how many row tiles have added all they had.
+        progress: see `hopper_backward.backward_kernel`.
         sequences: of keys.
-        rows_of_keys: sequences of rows that share one of keys.
-        lead: sequences of rows that are handed out together; gradients are set to 0 that much ahead.
-        own_tiles: row tiles of a sequence.
-        items: row tiles in all.
+        own_tiles: tiles of a sequence.
         tokens: of a sequence.
     """
-    # By thread: its 2 tokens, r and r + 8, and 2 neighbouring channels
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 2, 2], [32, 1, 1], [WARPS, 1, 1], [2, 1, 0])
-    THREADS: gl.constexpr = 32 * WARPS
-    thread = gl.arange(0, THREADS, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
-    pair = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None]
-    channel = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
-    offsets = thread * 4 + pair * 2 + channel
+    LAYOUT: gl.constexpr = gl.BlockedLayout([4], [32], [WARPS], [0])
+    AT_ONCE: gl.constexpr = 128 * WARPS
+    numbers = gl.arange(0, AT_ONCE, LAYOUT)
     blocks = gl.cdiv(tokens, 64)
-    total = sequences * blocks
-    scale = gl.to_tensor(factor)
-    if NARROW:
-        scale *= gl.load(unit)
-    to_zero = gl.atomic_add(progress + 1, 1)
-    to_finish = gl.atomic_add(progress + 2, 1)
-    going = total > 0
-    while going:
-        zeroing = to_zero // blocks
-        handed = gl.atomic_add(progress, 0, sem="relaxed")
-        # Further ahead they would leave the cache before they are added to.
-        due = (to_zero < total) & (handed >= (zeroing * rows_of_keys // lead - 1) * lead * own_tiles)
-        finishing = to_finish // blocks
-        waiting = to_finish < total
-        added = gl.atomic_add(progress + (4 + sequences + finishing), 0, mask=waiting, sem="acquire")
-        complete = waiting & (added == own_tiles * rows_of_keys)
-        if due | complete:
-            place = sums + to_zero.to(gl.int64) * 64 * D + offsets
-            for i in gl.static_range(16 * D // THREADS):
-                zeros = gl.zeros([THREADS, 2, 2], gl.float32, LAYOUT)
-                gl.store(place + i * 4 * THREADS, zeros, mask=due & (channel < 2))
-            barrier()
-            gl.atomic_add(progress + (4 + zeroing), 1, mask=due, sem="release")
-            following = gl.atomic_add(progress + 1, 1, mask=due)
-            to_zero = gl.where(due, following, to_zero)
-
-            place = sums + to_finish.to(gl.int64) * 64 * D + offsets
-            token = to_finish % blocks * 64 + thread // 32 * 16 + thread % 32 // 4 + pair * 8
-            pointers = out + (finishing.to(gl.int64) * tokens + token) * channels + thread % 4 * 2 + channel
-            upper = complete & (token < tokens) & (channel < 2)
-            lower = complete & (token + 32 < tokens) & (channel < 2)
-            for i in gl.static_range(channels // 8):
-                x = gl.load(place + i * 512, mask=upper, cache_modifier=".cg")
-                y = gl.load(place + (i * 512 + 256), mask=lower, cache_modifier=".cg")
-                gl.store(pointers + i * 8, (x * scale).to(out.dtype.element_ty), mask=upper)
-                gl.store(pointers + (i * 8 + 32 * channels), (y * scale).to(out.dtype.element_ty), mask=lower)
-            following = gl.atomic_add(progress + 2, 1, mask=complete)
-            to_finish = gl.where(complete, following, to_finish)
-        gl.inline_asm_elementwise(
-            "nanosleep.u32 $1; mov.b32 $0, $1;", "=r,r", [gl.where(due | complete, 0, 4000)],
-            dtype=gl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-        going = (to_zero < total) | ((to_finish < total) & (complete | (handed < items)))
-    gl.atomic_max(progress + 3, total - to_finish, mask=to_finish < total)
+    ticket = gl.atomic_add(progress + 1, 1, sem="relaxed")
+    while ticket < sequences * own_tiles:
+        sequence = ticket // own_tiles
+        block = ticket % own_tiles * 2
+        place = sums + (sequence * blocks + block).to(gl.int64) * 64 * D + numbers
+        for i in gl.static_range(128 * D // AT_ONCE):
+            # The last tile may be of 64 tokens.
+            inside = (block + i * AT_ONCE // (64 * D) < blocks) & (numbers >= 0)
+            gl.store(place + i * AT_ONCE, gl.zeros([AT_ONCE], gl.float32, LAYOUT), mask=inside)
+        barrier()
+        gl.atomic_add(progress + (2 + sequence), 1, sem="release")
+        ticket = gl.atomic_add(progress + 1, 1, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["heads", "tokens"])
 def finish_kernel(
-    grad, unit, out, left, heads, tokens, out_strides, factor,
-    channels: tl.constexpr, D: tl.constexpr, NARROW: tl.constexpr, LEFT: tl.constexpr,
+    grad, unit, out, heads, tokens, out_strides, factor, channels: tl.constexpr, D: tl.constexpr, NARROW: tl.constexpr
 ):  # fmt: skip
     """out [B, H, T, channels] = factor * a gradient in register order; with NARROW times unit[0].
 
-    One program for 64 tokens of a head: block + T / 64 * sequence. With LEFT only the last left[0] of them work.
+    One program for 64 tokens of a head: block + T / 64 * sequence.
     """
-    if LEFT:  # noqa: SIM102 - the other one is for the compiler
-        if tl.program_id(0) < tl.num_programs(0) - tl.load(left):
-            return
     blocks = tl.cdiv(tokens, 64)
     sequence = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks

@@ -76,7 +76,7 @@ _TILES = {
     # 128 channels in 16 bit
     ("sm_90", 256): Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
     # 256 channels in 16 bit
-    ("sm_90", 512): Tiles(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
+    ("sm_90", 512): Tiles(Tile(64, 64, 8, 2), Tile(128, 32, 8, 2)),
 }
 
 # For a GPU without an entry, compute capability 8.0 or newer: those have 99 KiB of shared memory a block or more, and

@@ -22,19 +22,20 @@ from torch import Tensor
 @pytest.mark.parametrize(
     "heads, key_heads, batch, rows, groups, each",
     [
-        (32, 32, 1, 2**14, 8, (4, 4)),  # 64K tokens on 2 ranks
-        (32, 32, 1, 2**13, 4, (8, 8)),  # and on 4
-        (32, 8, 1, 2**14, 8, (4, 1)),
-        (32, 32, 4, 2**14, 32, (1, 1)),
-        (32, 32, 1, 2**12 + 1, 2, (16, 16)),
-        (32, 32, 1, 2**10, 1, (32, 32)),
-        (12, 12, 1, 2**14, 3, (4, 4)),
-        (10, 10, 1, 2**14, 2, (5, 5)),
+        (32, 32, 1, 2**15, 8, (4, 4)),  # 128K tokens on 2 ranks
+        (32, 32, 1, 2**14, 1, (32, 32)),  # and on 4: two groups would take no less memory
+        (32, 32, 1, 2**17, 32, (1, 1)),
+        (32, 8, 1, 2**15, 8, (4, 1)),
+        (32, 32, 4, 2**15, 32, (1, 1)),
+        (32, 32, 1, 2**14 + 1, 1, (32, 32)),
+        (12, 12, 1, 2**15, 1, (12, 12)),
+        (16, 16, 1, 2**15, 4, (4, 4)),
+        (10, 10, 1, 2**16, 10, (1, 1)),
         (7, 7, 1, 2**14, 1, (7, 7)),
         (4, 1, 1, 9, 1, (4, 1)),
     ],
 )
-def test_groups_fill_a_gpu_and_are_all_of_a_size(
+def test_groups_have_long_visits_and_are_all_of_a_size(
     heads: int, key_heads: int, batch: int, rows: int, groups: int, each: tuple[int, int]
 ) -> None:
     found = head_groups(heads, key_heads, batch, rows)
@@ -79,15 +80,16 @@ def test_an_error_in_a_piece_is_the_caller_s() -> None:
     take_turns(_pieces(2, 1, log), torch.device("cpu"), 1)
 
 
-def _in_groups(tiles: int) -> None:
-    chunk_plan._VISIT_TILES = tiles
+def _in_groups(pairs: int) -> None:
+    """Groups as small as visits of that many pairs of tiles allow, also if there are but two."""
+    chunk_plan._VISIT_PAIRS, chunk_plan._LEAST_GROUPS = pairs, 2
 
 
 def many_groups() -> None:
     """One head a group, and two, against the whole and against all heads at once."""
     rank, ranks, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
-    for tiles in (1, 4):  # a batch of 2 and a row tile: groups of 1 and of 2 of the 4 heads
-        _in_groups(tiles)
+    for pairs in (1, 4):  # a batch of 2 and a pair of tiles: groups of 1 and of 2 of the 4 heads
+        _in_groups(pairs)
         for key_heads in (None, 2):
             for kind in ("one", "crossing", "documents", "right"):
                 check(rank, ranks, group, torch.float32, key_heads, 9, kind, "torch")
@@ -99,8 +101,8 @@ def many_groups() -> None:
     ids = (torch.arange(8)[None] + 8 * rank).expand(2, -1) // 5
     grad = torch.randn(2, 6, 8)
     found = []
-    for tiles in (512, 1):  # 1 group and 3
-        _in_groups(tiles)
+    for pairs in (512, 1):  # 1 group and 3
+        _in_groups(pairs)
         leaves = [x.clone().requires_grad_() for x in (q, k)]
         rows = rk.attention_kl(*leaves, q_t, k_t, segment_ids=ids, group=group, backend="torch")
         apart = [rows.detach(), *torch.autograd.grad(rows, leaves, grad)]
@@ -120,7 +122,7 @@ def count_bytes() -> None:
     x, upstream = torch.randn(1, 8, 32, 8), torch.ones(1, 8, 32)
     originals = torch.empty_like, torch.zeros
     peaks = []
-    for tiles in (512, 1):
+    for pairs in (512, 1):
         made: list[tuple[weakref.ref[Tensor], int]] = []
         alive: list[int] = []
 
@@ -133,7 +135,7 @@ def count_bytes() -> None:
 
             return watched
 
-        _in_groups(tiles)
+        _in_groups(pairs)
         torch.empty_like, torch.zeros = map(watching, originals)
         rk.relation_kl_value_and_grad(x, x.flip(2), upstream, group=dist.group.WORLD, backend="torch")
         torch.empty_like, torch.zeros = originals
@@ -162,7 +164,7 @@ def overwritten_on_gpus() -> None:
     """Lanes that lag behind, inputs overwritten and freed as soon as the host returns, calls right after each other."""
     rank, ranks, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
     device = torch.device("cuda", rank)
-    _in_groups(16)  # 8 row tiles: groups of 2 of the 8 heads
+    _in_groups(128)  # 64 pairs of tiles: groups of 2 of the 8 heads
     shard, calls = 2048, 6
     mine = slice(rank * shard, (rank + 1) * shard)
     shape = (1, 8, ranks * shard, 128)
