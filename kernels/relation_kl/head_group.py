@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .chunk_plan import Plan, head_groups
-from .lanes import take_turns
 from .torch_backend import Operands
 from .torch_visit import Visit, own_logits
 
@@ -60,10 +60,7 @@ class Job:
 
 
 def by_heads(plan: Plan, operands: Operands, segment_ids: Tensor | None, work: Callable[..., Iterator[None]]) -> None:
-    """Runs `work(operands, heads, key_heads, ids)` for each group of heads.
-
-    Tensors that it closes over were made by the caller, who holds them until the end, see `take_turns`.
-    """
+    """Runs `work(operands, heads, key_heads, ids)` for each group of heads, see `take_turns`."""
     q, k = operands.student_q, operands.student_k
     ids = None if segment_ids is None else segment_ids.long()
     groups = head_groups(q.shape[1], k.shape[1], q.shape[0], plan.lengths[0])
@@ -77,7 +74,24 @@ def by_heads(plan: Plan, operands: Operands, segment_ids: Tensor | None, work: C
             part = Operands(q[:, heads], k[:, key_heads], q_t[:, heads], k_t[:, key_heads], False)
         pieces.append(work(part, heads, key_heads, ids))
     # Half of a pass, which yields 2 P times.
-    take_turns(pieces, q.device, lead=plan.ranks)
+    take_turns(pieces, lead=plan.ranks)
+
+
+def take_turns(pieces: Sequence[Iterator[None]], lead: int) -> None:
+    """Runs all pieces to their end, two at a time.
+
+    A piece yields where it is about to wait for another process. Then the host starts what another piece has to do
+    until it would wait, and so on: in an order that depends only on the number of pieces and of their yields.
+
+    Args:
+        pieces: what is to be run.
+        lead: how many yields the first piece is ahead of the second.
+    """
+    turns = [chain.from_iterable(pieces[first::2]) for first in (0, 1)]
+    for _ in range(lead):
+        next(turns[0], None)
+    while any([next(turn, "done") is None for turn in reversed(turns)]):
+        pass
 
 
 def empty_gradients(operands: Operands) -> tuple[Tensor, Tensor | None]:

@@ -8,12 +8,11 @@ Statistics stay with the rows. In backward the gradient of fetched keys goes bac
 behind, where it is added up in the order of the steps.
 
 Where visits are long, this is done for a few heads at a time (`head_groups`), and a rank holds the buffers of two such
-groups in the place of those of all heads. Two groups take turns, each on a stream of its own (`take_turns`): what one
-waits for passes while the other's visits are computed. To issue whole groups one after the other would not do:
-exchanges are executed in the order in which they are issued, so that a group's first would come after its
-predecessor's last, and but for its own keys it would run alone. So the host goes from one to the other wherever one
-would wait. The first group is half of a pass ahead, so that the two do not begin and end together, when much is
-exchanged and little computed.
+groups in the place of those of all heads. Two groups take turns (`take_turns`): what one waits for passes while the
+other's visits are computed. To issue whole groups one after the other would not do: exchanges are executed in the order
+in which they are issued, so that a group's first would come after its predecessor's last, and but for its own keys it
+would run alone. So the host goes from one to the other wherever one would wait. The first group is half of a pass
+ahead, so that the two do not begin and end together, when much is exchanged and little computed.
 
 Of each group a rank holds two chunks of its own, the rows that it computes, three chunks of keys and, in backward,
 gradients of eight chunks at most: memory O(T), T the local length, whatever P is; and no more than two groups of heads
