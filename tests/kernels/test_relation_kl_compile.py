@@ -68,7 +68,7 @@ def test_hopper_kernels(
         assert kernel["shared"] <= _HOPPER, kernel
         assert not kernel["serialized"], kernel
         plain = not constants["SEGMENTS"] and (constants.get("SELF", True) or constants["VISIT"])
-        assert max(kernel["spill_stores"], kernel["spill_loads"]) <= (64 if plain else 256), kernel
+        assert max(kernel["spill_stores"], kernel["spill_loads"]) <= (64 if plain else 160), kernel
 
 
 @pytest.mark.parametrize(("head_dim", "dtype"), [(192, "float16"), (256, "bfloat16")])
@@ -87,7 +87,7 @@ def test_wide_hopper_kernels(head_dim: int, dtype: str, tmp_path_factory: pytest
         assert (constants["D"], constants["K"]) == (256, head_dim), kernel
         assert kernel["shared"] <= _HOPPER, kernel
         assert not kernel["serialized"], kernel
-        assert max(kernel["spill_stores"], kernel["spill_loads"]) <= (256 if constants["SEGMENTS"] else 64), kernel
+        assert max(kernel["spill_stores"], kernel["spill_loads"]) <= (128 if constants["SEGMENTS"] else 64), kernel
 
 
 def test_general_kernels(tmp_path_factory: pytest.TempPathFactory) -> None:
