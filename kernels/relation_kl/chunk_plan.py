@@ -124,7 +124,8 @@ def make_plan(q: Tensor, segment_ids: Tensor | None, group: Any) -> Plan | None:
 def head_groups(heads: int, key_heads: int, batch: int, rows: int) -> list[tuple[slice, slice]]:
     """Query heads and their key heads that are worked on together: as few as make a visit long beside its exchanges.
 
-    All groups have as many. The numbers are the same on all ranks, and on all devices.
+    All groups have as many. Where that gives less than `_LEAST_GROUPS` of them, all heads are one group. The numbers
+    are the same on all ranks, and on all devices.
 
     Args:
         heads: H.

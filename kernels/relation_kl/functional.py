@@ -61,9 +61,9 @@ def relation_kl(
             None = all rows.
         backend: "triton" (CUDA, or CPU under TRITON_INTERPRET=1), "torch" (any device; reads segment_ids on
             the host) or "auto": triton on CUDA where it can be imported, else torch. On Hopper GPUs 16-bit
-            inputs of up to 128 channels have kernels of their own, whose gradients differ in the last bits from run
-            to run, unless `torch.use_deterministic_algorithms(True)` is set; inputs that TMA cannot read (see
-            README.md) take the general, slower ones.
+            inputs have kernels of their own. Up to 128 channels their gradients differ in the last bits from run to
+            run, unless `torch.use_deterministic_algorithms(True)` is set; inputs that TMA cannot read (see README.md)
+            take the general, slower ones.
 
     Returns:
         [B, H, T], float32 (float64 for float64 inputs), nats, >= 0 up to rounding. It takes any upstream

@@ -35,7 +35,7 @@ class Job:
         plan: who computes what.
         keys: this rank's chunks.
         own: the rows of this rank's chunks that it computes itself.
-        foreign: those of other ranks' chunks; not to be looked at before `wait`.
+        foreign: those of other ranks' chunks; not to be looked at before `works` were waited for.
         works: what brings them.
     """
 

@@ -158,7 +158,7 @@ def backward(
 
 
 def gradient_shape(x: Tensor, pipeline: Pipeline) -> tuple[int, ...]:
-    """Of the float32 buffer in which the gradient of x [B, H, T, D] is added up, in register order; zero at first."""
+    """Of the float32 buffer in which the gradient of x [B, H, T, D] is added up, in register order."""
     batch, heads, tokens, _ = x.shape
     return batch, heads, -(-tokens // _HALF) * (pipeline.block_d // 4), 256
 

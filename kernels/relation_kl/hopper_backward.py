@@ -84,9 +84,8 @@ def _turned(j, tile, begin, count, VISIT: gl.constexpr):
 
 @gluon.jit
 def _backward_fetch(
-    q_s, k_s, q_t, k_t, bounds, progress, heads, key_heads, group, together, own_tiles, items, most,
-    seq_len, first_row, keys_end, whole, parts, box, posted, taken, own, own_ready, ring_s, ring_t, ready_s, ready_t,
-    free_s, free_t,
+    q_s, k_s, q_t, k_t, bounds, progress, heads, key_heads, group, together, own_tiles, items, most, seq_len, first_row,
+    keys_end, whole, parts, box, posted, taken, own, own_ready, ring_s, ring_t, ready_s, ready_t, free_s, free_t,
     N: gl.constexpr, D: gl.constexpr, SEGMENTS: gl.constexpr, VISIT: gl.constexpr,
 ):  # fmt: skip
     """Take row tiles, one after the other, and fetch their rows and the tiles of keys that they see: two buffers for
@@ -304,17 +303,18 @@ def _backward_rows(
 @gluon.jit(do_not_specialize=_INTEGERS)
 def backward_kernel(
     q_s, k_s, q_t, k_t, segments, bounds, pivot_s, pivot_t, sum_s, sum_t, row_grad, unit, key_grad, grad, key_sums,
-    progress, heads, key_heads, group, together, own_tiles, items, most, sequences, seq_len, first_row,
-    keys_end, whole, parts, log2_scale, softmax_scale, channels: gl.constexpr,
+    progress, heads, key_heads, group, together, own_tiles, items, most, sequences, seq_len, first_row, keys_end, whole,
+    parts, log2_scale, softmax_scale, channels: gl.constexpr,
     N: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SEGMENTS: gl.constexpr, SELF: gl.constexpr, NARROW: gl.constexpr,
     VISIT: gl.constexpr,
 ):  # fmt: skip
     """Each tile of S once: W = g (Ps - Pt), then W k for the rows and W' q for the keys.
 
     key_grad is a descriptor of float32 [B, key heads, T / 64 * D / 4, 256] in register order in blocks
-    [1, 1, D / 8, 256]: the keys' gradient is added up there, not multiplied by softmax_scale, in no fixed order. With
-    SELF the rows' is too; else it goes to grad [B, H, T, channels], finished. With NARROW, row_grad is in units of
-    unit[0]. Its memory, key_sums, may hold anything at first.
+    [1, 1, D / 8, 256]; its memory, key_sums, may hold anything at first. The keys' gradient is added up there, not
+    multiplied by softmax_scale, in no fixed order. With SELF the rows' is too; else it goes to grad [B, H, T,
+    channels], finished (channels is a constant because Triton 3.7 would spill some more without). With NARROW, row_grad
+    is in units of unit[0].
 
     Programs do `items` pieces of work between them: when through with one, each takes the next by progress[0], up to
     `most` of them; together they must be able to take all. A piece is one of a sequence's own_tiles row tiles, in the
@@ -377,8 +377,8 @@ def backward_kernel(
             )),
             (_backward_fetch, (
                 q_s, k_s, q_t, k_t, bounds, progress, heads, key_heads, group, together, own_tiles, items, most,
-                seq_len, first_row, keys_end, whole, parts, box, posted, taken, own, own_ready, ring_s,
-                ring_t, ready_s, ready_t, free_s, free_t, N, D, SEGMENTS, VISIT,
+                seq_len, first_row, keys_end, whole, parts, box, posted, taken, own, own_ready, ring_s, ring_t, ready_s,
+                ready_t, free_s, free_t, N, D, SEGMENTS, VISIT,
             )),
             (set_to_zero, (key_sums, progress, sequences, own_tiles, seq_len, D, 2)),
         ],

@@ -45,7 +45,7 @@ def _relative_sum(total, excess):
 
 
 @gluon.jit
-def fetch_keys(
+def _forward_fetch(
     k_s, k_t, batch, key_head, last, count, ring, ready, free,
     N: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
@@ -250,7 +250,7 @@ def forward_kernel(
                 first_row, keys_end, kind, log2_scale, own_s, own_t, own_ready, ring, ready, free,
                 1, N, D, K, SLOTS, SEGMENTS, VISIT,
             )),
-            (fetch_keys, (k_s, k_t, batch, head // group, last, count, ring, ready, free, N, D, SLOTS)),
+            (_forward_fetch, (k_s, k_t, batch, head // group, last, count, ring, ready, free, N, D, SLOTS)),
         ],
         [4, 1],
         [240, 24],

@@ -61,10 +61,13 @@ def send(descriptor, batch, head, block, left, right, D: gl.constexpr):
 
 @gluon.jit
 def wait_zeroed(zeroed, tiles):
-    """Wait until all tiles of a gradient are 0, by their counter."""
+    """Wait until all tiles of a gradient are 0, by their counter.
+
+    They were stored as ordinary numbers are; the fence is for TMA, which is to add to them.
+    """
     gl.inline_asm_elementwise(
         "{ .reg .pred done; .reg .b32 count; waitLoop: ld.acquire.gpu.global.b32 count, [$1];"
-        "setp.ge.s32 done, count, $2; @!done bra waitLoop; mov.b32 $0, count; }",
+        "setp.ge.s32 done, count, $2; @!done bra waitLoop; fence.proxy.async.global; mov.b32 $0, count; }",
         "=r,l,r", [zeroed.to(gl.int64, bitcast=True), tiles], dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 

@@ -351,7 +351,7 @@ class _Returns:
 
     def __init__(self, parallel: SequenceParallel, plan: Plan, k_grads: dict[int, Tensor]) -> None:
         self.parallel, self.plan, self.k_grads = parallel, plan, k_grads
-        self.pending: tuple[list[Any], Tensor | None, int, Tensor | None] = ([], None, 0, None)
+        self.pending: tuple[list[Any], Tensor | None, int] = ([], None, 0)
 
     def send(self, step: tuple[int, int], found: Tensor | None) -> None:
         """Send back a step's gradient, and take in the one that this rank's keys got in that step elsewhere."""
@@ -364,15 +364,15 @@ class _Returns:
             worker, chunk = going
             incoming = torch.empty_like(self.k_grads[chunk])
             operations.append(self.parallel._receive(incoming, worker))
-        self.pending = _start(operations), incoming, chunk, found
+        self.pending = _start(operations), incoming, chunk
 
     def finish(self) -> None:
         """Wait for the last step's, and add it up."""
-        works, incoming, chunk, _ = self.pending
+        works, incoming, chunk = self.pending
         _wait(works)
         if incoming is not None:
             self.k_grads[chunk] += incoming
-        self.pending = [], None, 0, None
+        self.pending = [], None, 0
 
 
 def _start(operations: list[dist.P2POp]) -> list[Any]:

@@ -94,7 +94,6 @@ def test_general_kernels(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Shared memory of what takes the most by each entry of the tile tables; segments make no difference."""
     kinds = [
         ("sm_90", "bfloat16", 128),
-        ("sm_90", "bfloat16", 250),  # which TMA cannot read
         ("sm_89", "bfloat16", 128),
         ("sm_89", "bfloat16", 256),
         ("sm_80", "float32", 256),
@@ -104,13 +103,15 @@ def test_general_kernels(tmp_path_factory: pytest.TempPathFactory) -> None:
         {"architecture": architecture, "dtype": dtype, "head_dim": head_dim, "segments": False, "deterministic": True}
         for architecture, dtype, head_dim in kinds
     ]
-    cases.append({"architecture": "sm_90", "dtype": "bfloat16", "head_dim": 128, "segments": False})
+    hopper = {"architecture": "sm_90", "dtype": "bfloat16", "segments": False}
+    cases += [hopper | {"head_dim": 128}, hopper | {"head_dim": 256, "visit": True}]
     compiled = compile_kernels("general", cases, tmp_path_factory.mktemp("triton"))
     sized = [(kernel["name"], kernel["architecture"], kernel["constants"].get("HEAD_DIM")) for kernel in compiled]
     assert sized == [
         *((name, kind[0], kind[2]) for kind in kinds for name in ("forward_kernel", "backward_kernel")),
         ("forward_again_kernel", "sm_90", 128),
         ("finish_kernel", "sm_90", None),
+        *((name, "sm_90", 256) for name in ("forward_kernel", "backward_kernel", "backward_kernel")),
     ]
     for kernel in compiled:
         assert kernel["shared"] <= (_HOPPER if kernel["architecture"] == "sm_90" else _LEAST), kernel

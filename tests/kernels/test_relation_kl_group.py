@@ -31,6 +31,7 @@ def _process(rank: int, ranks: int, rendezvous: str, function: Callable[..., Non
     kind = "gloo"
     if function.__name__.endswith("_on_gpus"):
         kind = "nccl"
+        wait = timedelta(seconds=300)  # the ranks compile kernels in between
         torch.cuda.set_device(rank)
     dist.init_process_group(kind, init_method=f"file://{rendezvous}", rank=rank, world_size=ranks, timeout=wait)
     try:
@@ -228,7 +229,7 @@ def count_elements() -> None:
     parallel = sequence_parallel.SequenceParallel(dist.group.WORLD, torch_backend, torch_visit)
     parallel.forward(Operands(x, x, x, x, True), 1.0, None)
     torch.empty_like = empty_like
-    assert max(alive) <= (1 + sequence_parallel._AHEAD) * 2 + 2, alive
+    assert max(alive) <= 3 * 2 + 2, alive
 
 
 def test_memory_is_that_of_a_shard(tmp_path: Path) -> None:
