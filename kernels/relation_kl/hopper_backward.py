@@ -32,7 +32,7 @@ from .hopper_gradient import add_up, in_register_order, send, set_to_zero, wait_
 from .segment_kernels import ALIKE, PADDED
 
 _INTEGERS = [
-    *("heads", "key_heads", "group", "together", "own_tiles", "items", "most", "sequences"),
+    *("heads", "group", "together", "own_tiles", "items", "most", "sequences"),
     *("seq_len", "first_row", "keys_end", "whole", "parts"),
 ]
 
@@ -84,8 +84,8 @@ def _turned(j, tile, begin, count, VISIT: gl.constexpr):
 
 @gluon.jit
 def _backward_fetch(
-    q_s, k_s, q_t, k_t, bounds, progress, heads, key_heads, group, together, own_tiles, items, most, seq_len, first_row,
-    keys_end, whole, parts, box, posted, taken, own, own_ready, ring_s, ring_t, ready_s, ready_t, free_s, free_t,
+    q_s, k_s, q_t, k_t, bounds, progress, heads, group, together, own_tiles, items, most, seq_len, first_row, keys_end,
+    whole, parts, box, posted, taken, own, own_ready, ring_s, ring_t, ready_s, ready_t, free_s, free_t,
     N: gl.constexpr, D: gl.constexpr, SEGMENTS: gl.constexpr, VISIT: gl.constexpr,
 ):  # fmt: skip
     """Take row tiles, one after the other, and fetch their rows and the tiles of keys that they see: two buffers for
@@ -114,7 +114,7 @@ def _backward_fetch(
             begin = gl.where(number >= whole, count * part // parts, 0)
             count = gl.where(number >= whole, count * (part + 1) // parts, count) - begin
         else:
-            wait_zeroed(progress + 2 + batch * key_heads + key_head, own_tiles)
+            wait_zeroed(progress + 2 + sequence // group, own_tiles)
         post(box, posted, taken, (done & 1) ^ 1, batch, head, key_head, tile, last, count, full * 4 + kind, begin)
         for j in range(count):
             at = [batch, key_head, last - _turned(j, tile, begin, count, VISIT) * N, 0]
@@ -303,8 +303,8 @@ def _backward_rows(
 @gluon.jit(do_not_specialize=_INTEGERS)
 def backward_kernel(
     q_s, k_s, q_t, k_t, segments, bounds, pivot_s, pivot_t, sum_s, sum_t, row_grad, unit, key_grad, grad, key_sums,
-    progress, heads, key_heads, group, together, own_tiles, items, most, sequences, seq_len, first_row, keys_end, whole,
-    parts, log2_scale, softmax_scale, channels: gl.constexpr,
+    progress, heads, group, together, own_tiles, items, most, sequences, seq_len, first_row, keys_end, whole, parts,
+    log2_scale, softmax_scale, channels: gl.constexpr,
     N: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SEGMENTS: gl.constexpr, SELF: gl.constexpr, NARROW: gl.constexpr,
     VISIT: gl.constexpr,
 ):  # fmt: skip
@@ -321,7 +321,7 @@ def backward_kernel(
     order of `tiles.grid`, whose first number is `together`.
 
     progress, int32 [2 + sequences], is 0 at first: how many pieces have been taken; how many tiles of key_sums have
-    been taken to be set to 0; and how many of each of the B * key_heads sequences are 0 by now.
+    been taken to be set to 0; and how many of each of the `sequences`, B times key heads, are 0 by now.
 
     In a visit key_grad is added to, and nothing set to 0: sequences is 0. grad is a descriptor like key_grad, of the
     rows, to which theirs is added; unit is not looked at. Of the row tiles, in order, those behind the first `whole`
@@ -376,9 +376,9 @@ def backward_kernel(
                 weights, weights_ready, weights_free, stage, 1, channels, N, D, K, SEGMENTS, SELF, NARROW, VISIT,
             )),
             (_backward_fetch, (
-                q_s, k_s, q_t, k_t, bounds, progress, heads, key_heads, group, together, own_tiles, items, most,
-                seq_len, first_row, keys_end, whole, parts, box, posted, taken, own, own_ready, ring_s, ring_t, ready_s,
-                ready_t, free_s, free_t, N, D, SEGMENTS, VISIT,
+                q_s, k_s, q_t, k_t, bounds, progress, heads, group, together, own_tiles, items, most, seq_len,
+                first_row, keys_end, whole, parts, box, posted, taken, own, own_ready, ring_s, ring_t, ready_s, ready_t,
+                free_s, free_t, N, D, SEGMENTS, VISIT,
             )),
             (set_to_zero, (key_sums, progress, sequences, own_tiles, seq_len, D, 2)),
         ],

@@ -3,7 +3,7 @@
 A shard is cut into two chunks, and rows are computed by chunks: every rank works on one chunk with few keys and one
 with many, so that all work alike (with one segment: chunks w and 2 P - 1 - w, as in zigzag sharding). A rank begins
 with its own keys. After that it visits those of the rank before it, of the one before that, and so on, a chunk at a
-time, the next chunks on their way meanwhile; chunks that none of its rows can see are neither sent nor computed.
+time, the next chunk on its way meanwhile; chunks that none of its rows can see are neither sent nor computed.
 Statistics stay with the rows. In backward the gradient of fetched keys goes back to their owner in float32, a chunk
 behind, where it is added up in the order of the steps.
 
@@ -14,12 +14,12 @@ in which they are issued, so that a group's first would come after its predecess
 would run alone. So the host goes from one to the other wherever one would wait. The first group is half of a pass
 ahead, so that the two do not begin and end together, when much is exchanged and little computed.
 
-Of each group a rank holds two chunks of its own, the rows that it computes, three chunks of keys and, in backward,
+Of each group a rank holds two chunks of its own, the rows that it computes, two chunks of keys and, in backward,
 gradients of eight chunks at most: memory O(T), T the local length, whatever P is; and no more than two groups of heads
 at once.
 
-Every rank starts its exchanges in the same order. Of a group: rows, keys of the first `_AHEAD` steps; then for each
-step keys of a later one, [at the last: gradients of rows,] gradients of the step's keys.
+Every rank starts its exchanges in the same order. Of a group: rows, keys of the first two steps; then for each step [at
+the last: gradients of rows,] gradients of its keys, and keys of the step after the next.
 """
 
 from __future__ import annotations
@@ -40,9 +40,6 @@ from .torch_visit import State, exactly, working
 
 # With fewer, transfers take longer than the computation; with more, they slow it down (figures in README.md).
 _NCCL_BLOCKS = 8
-# Steps whose keys are on their way. With one, a rank with little to do in a step waits for those with much: the keys of
-# the next are not asked for before all have come to it.
-_AHEAD = 2
 
 
 def nccl_options() -> Any:
@@ -313,8 +310,8 @@ class SequenceParallel:
     def _keys(self, job: Job) -> Iterator[tuple[tuple[int, int], int, Chunk | None] | None]:
         """For each step None, when its keys are to be waited for, then (step, chunk, keys, if needed).
 
-        The first keys are on their way when the first None comes, and those of `_AHEAD` steps after that. Whoever takes
-        a step's keys clears them when done: nothing else holds them.
+        Two steps' keys are on their way when the first None comes; those of a later step are sent for when a step's
+        are done with. Whoever takes a step's keys clears them then: nothing else holds them.
         """
         plan = job.plan
 
@@ -330,14 +327,14 @@ class SequenceParallel:
             return -1 if coming is None else coming[1], buffers, _start(operations)
 
         steps = plan.steps
-        coming = deque(begin(step) for step in steps[:_AHEAD])
+        coming = deque(begin(step) for step in steps[:2])
         for i, step in enumerate(steps):
             yield None
             chunk, keys, works = coming.popleft()
             _wait(works)
-            if i + _AHEAD < len(steps):
-                coming.append(begin(steps[i + _AHEAD]))
             yield step, chunk, keys
+            if i + 2 < len(steps):
+                coming.append(begin(steps[i + 2]))
 
     def _send(self, x: Tensor, peer: int) -> dist.P2POp:
         return dist.P2POp(dist.isend, x, group=self.group, group_peer=peer)

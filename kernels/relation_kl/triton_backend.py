@@ -161,6 +161,9 @@ def backward(
         g = g / unit
     g = g.contiguous()
     names = _names(segment_ids)
+    wide = wide_pipeline_of(operands)
+    if unit is not None and (wide is not None or len(statistics) == 2):  # the general kernels do it themselves
+        g, unit = g * BOOST, unit / BOOST
     if len(statistics) == 2:
         from . import hopper_backend
 
@@ -168,17 +171,12 @@ def backward(
         assert pipeline is not None
         sum_s, sum_t = statistics
         segments = _segments(names, HOPPER_ROWS, pipeline.block_n)
-        if unit is not None:
-            g, unit = g * BOOST, unit / BOOST
         with on_device_of(q[0]):
             return hopper_backend.backward(operands, softmax_scale, pipeline, segments, sum_s, sum_t, g, unit)
-    wide = wide_pipeline_of(operands)
     if wide is not None:
         from . import hopper_wide_backend
 
         segments = _segments(names, HOPPER_ROWS, wide.backward_n)
-        if unit is not None:
-            g, unit = g * BOOST, unit / BOOST
         with on_device_of(q[0]):
             return hopper_wide_backend.backward(operands, softmax_scale, wide, segments, tuple(statistics), g, unit)
     tile = tiles_of(q[0]).backward
