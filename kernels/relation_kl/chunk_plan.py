@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .torch_backend import Operands
+
 # Tokens of a tile, of rows or of keys.
 _TILE = 128
 # Pairs of tiles that a visit is to have: 4 ms forward on an H200 at 128 channels, where to begin an exchange takes the
@@ -28,6 +30,7 @@ class Plan:
         lengths: tokens of a rank's first and second chunk.
         rows: for each rank the chunks whose rows it computes, in order.
         sees: [2 P, 2 P] bool as nested lists: whether a chunk's rows may see a chunk's keys.
+        shared: whether a chunk's keys are the same tensors as its rows, so that they are where these are.
     """
 
     rank: int
@@ -35,6 +38,7 @@ class Plan:
     lengths: tuple[int, int]
     rows: list[list[int]]
     sees: list[list[bool]]
+    shared: bool
 
     @property
     def own(self) -> tuple[int, int]:
@@ -51,20 +55,22 @@ class Plan:
         """(distance to the owner, which of its chunks) of the keys of other ranks, in the order of the visits."""
         return [(distance, half) for distance in range(1, self.ranks) for half in (0, 1)]
 
-    def needs(self, worker: int, chunk: int) -> bool:
-        """Whether rows that `worker` computes may see the chunk's keys."""
+    def fetches(self, worker: int, chunk: int) -> bool:
+        """Whether the chunk's keys go to `worker`: rows that it computes may see them, and it has not got them yet."""
+        if self.shared and chunk in self.rows[worker]:
+            return False
         return any(self.sees[row][chunk] for row in self.rows[worker])
 
     def coming(self, step: tuple[int, int]) -> tuple[int, int] | None:
-        """(owner, chunk) of the keys that this rank visits in a step, if it needs any."""
+        """(owner, chunk) of the keys that come to this rank in a step, if any do."""
         owner = (self.rank - step[0]) % self.ranks
         chunk = 2 * owner + step[1]
-        return (owner, chunk) if self.needs(self.rank, chunk) else None
+        return (owner, chunk) if self.fetches(self.rank, chunk) else None
 
     def going(self, step: tuple[int, int]) -> tuple[int, int] | None:
-        """(worker, chunk) of this rank's keys that are visited elsewhere in a step, if they are."""
+        """(worker, chunk) of this rank's keys that go elsewhere in a step, if they do."""
         worker, chunk = (self.rank + step[0]) % self.ranks, 2 * self.rank + step[1]
-        return (worker, chunk) if self.needs(worker, chunk) else None
+        return (worker, chunk) if self.fetches(worker, chunk) else None
 
     def span(self, chunk: int) -> slice:
         """Where a chunk lies in its owner's shard."""
@@ -72,18 +78,18 @@ class Plan:
         return slice(0, first) if chunk % 2 == 0 else slice(first, first + second)
 
 
-def make_plan(q: Tensor, segment_ids: Tensor | None, group: Any) -> Plan | None:
+def make_plan(operands: Operands, segment_ids: Tensor | None, group: Any) -> Plan | None:
     """Who computes what, or None where no segment reaches beyond its shard; waits for the device once.
 
     Args:
-        q: this rank's shard, [B, H, T, D].
+        operands: this rank's shard.
         segment_ids: of the shard, [B, T], or None.
         group: torch process group.
 
     Raises:
         ValueError: shards of unequal length; not checked on a GPU without segment_ids, where nothing is gathered.
     """
-    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    q, rank, ranks = operands.student_q, dist.get_rank(group), dist.get_world_size(group)
     lengths = ((q.shape[2] + 1) // 2, q.shape[2] // 2)
     chunks = range(2 * ranks)
     if segment_ids is None:
@@ -118,7 +124,7 @@ def make_plan(q: Tensor, segment_ids: Tensor | None, group: Any) -> Plan | None:
         worker = next((w for w in wanted if w in free), min(free))
         free.remove(worker)
         rows[worker] = sorted((less, more))
-    return Plan(rank, ranks, lengths, rows, sees)
+    return Plan(rank, ranks, lengths, rows, sees, operands.self_relation)
 
 
 def head_groups(heads: int, key_heads: int, batch: int, rows: int) -> list[tuple[slice, slice]]:

@@ -103,24 +103,24 @@ def operations(relation: Relation, ranks: int) -> float:
 def sequence(relation: Relation, ranks: int, machine: Machine, apart: bool = False) -> Cost:
     """Mode sequence: `relation_kl_value_and_grad` and its like, a pass over the keys for each of forward and backward.
 
-    A rank begins with its own keys, while the rows that it computes for others come in. In each further step it
-    computes with the chunk of keys that it has, while the next chunk comes in and, in backward, the gradient of the
-    last one goes out. Nothing hides the results of the rows, nor the gradients at the end.
+    In forward a rank's own rows and keys hide the coming of the rows that it computes for others, and what can be
+    computed with these the first keys; in each further step it computes with the chunk of keys that it has, while the
+    next ones come in and, in backward, the gradient of the last one goes out. In backward, whose first two chunks of
+    keys are still there, its own rows and keys, which come last, hide the way back of the gradients.
 
     Args:
         relation: what is computed.
         ranks: P.
         machine: rates.
-        apart: forward and backward are calls of their own, as through autograd: rows come in for each.
+        apart: forward and backward are calls of their own, as through autograd: rows and all keys come in for each,
+            and nothing hides the rows in backward.
 
     Raises:
         ValueError: chunks of unequal length.
     """
     if relation.tokens % (2 * ranks):
         raise ValueError(f"tokens: {relation.tokens} is not a multiple of 2 * {ranks}")
-    # Numbers that come with a row: its pivots, of student and teacher, and the upstream gradient.
-    forward = _pass(relation, ranks, machine, False, 2 if apart else 3)
-    backward = _pass(relation, ranks, machine, True, 1 if apart else None)
+    forward, backward = (_pass(relation, ranks, machine, which, apart) for which in (False, True))
     compute = operations(relation, ranks) / (machine.tflops * 1e12)
     received = max(a.received + b.received for a, b in zip(forward, backward, strict=True))
     sent = max(a.sent + b.sent for a, b in zip(forward, backward, strict=True))
@@ -183,14 +183,17 @@ class _Pass:
     seconds: float
 
 
-def _pass(relation: Relation, ranks: int, machine: Machine, backward: bool, numbers: int | None) -> list[_Pass]:
-    """Forward or backward in mode sequence, for every rank; with a row come so many numbers, or it is there (None)."""
+def _pass(relation: Relation, ranks: int, machine: Machine, backward: bool, apart: bool) -> list[_Pass]:
+    """Forward or backward in mode sequence, for every rank, as if no other one were late."""
     chunk = relation.batch * relation.tokens // (2 * ranks)
     vectors = chunk * relation.head_dim
-    row = 0
-    if numbers is not None:
-        row = relation.heads * (2 * vectors * relation.element_size + numbers * chunk * FP32)
-    result = relation.heads * (vectors if backward else chunk) * FP32
+    # With a row come numbers: its pivots, of student and teacher, and the upstream gradient.
+    numbers = (1 if backward else 2) if apart else 3
+    row = relation.heads * (2 * vectors * relation.element_size + numbers * chunk * FP32)
+    if backward and not apart:
+        row = 0
+    # What a row gives; at once, its divergence goes back with its gradient.
+    result = relation.heads * FP32 * ((vectors if backward else 0) + (chunk if apart != backward else 0))
     key = relation.key_heads * 2 * vectors * relation.element_size
     gradient = relation.key_heads * vectors * FP32 if backward else 0
     products = BACKWARD_PRODUCTS if backward else FORWARD_PRODUCTS
@@ -198,10 +201,17 @@ def _pass(relation: Relation, ranks: int, machine: Machine, backward: bool, numb
     visit, diagonal = max(machine.launch_seconds, whole), max(machine.launch_seconds, whole / 2)
     rows = assignment(ranks)
     steps = [(distance, half) for distance in range(1, ranks) for half in (0, 1)]
+    if backward:
+        steps.reverse()
+    held = 2 if backward and not apart else 0  # chunks of keys
 
-    def visits(computed: Iterable[int], keys: int) -> float:
-        """Seconds of these rows with a chunk of keys."""
-        return sum(visit if each > keys else diagonal for each in computed if each >= keys)
+    def visits(computed: Iterable[int], keys: Iterable[int]) -> float:
+        """Seconds of these rows with these chunks of keys."""
+        return sum(visit if r > k else diagonal for r in computed for k in keys if r >= k)
+
+    def fetches(worker: int, keys: int) -> bool:
+        """Of a self-relation they are there where the chunk's rows are."""
+        return keys <= rows[worker][1] and not (relation.is_self and keys in rows[worker])
 
     found = []
     for rank in range(ranks):
@@ -209,19 +219,31 @@ def _pass(relation: Relation, ranks: int, machine: Machine, backward: bool, numb
         mine, others = [r for r in rows[rank] if r in own], [r for r in rows[rank] if r not in own]
         away = len(others)  # as many of its own chunks are computed elsewhere
         comes = [2 * ((rank - distance) % ranks) + half for distance, half in steps]
-        needed = [keys <= rows[rank][1] for keys in comes]
-        given = [2 * rank + half <= rows[(rank + distance) % ranks][1] for distance, half in steps]
-        moves = [*(_transfer(key * a, key * b, machine) for a, b in zip(needed, given, strict=True)), 0.0]
-        returns = [0.0, *(_transfer(gradient * b, gradient * a, machine) for a, b in zip(needed, given, strict=True))]
-        exchange = _transfer(away * row, away * row, machine)
-        # Its own rows hide the coming of the others, and these that of the first keys.
-        seconds = max(sum(visits(mine, keys) for keys in own), exchange)
-        seconds += max(sum(visits(others, keys) for keys in own), moves[0])
+        needed = [fetches(rank, keys) for keys in comes]
+        given = [fetches((rank + distance) % ranks, 2 * rank + half) for distance, half in steps]
+        moves = [_transfer(key * a, key * b, machine) for a, b in zip(needed, given, strict=True)]
+        moves[:held] = [0.0] * min(held, len(moves))
+        itself = visits(mine, own)
+        home = visits(others, own) + (visits(rows[rank], others) if relation.is_self else 0.0)
+        # When the link and the rank are through with what they have to do so far.
+        there = link = _transfer(away * row, away * row, machine)
+        busy = max(there, 0.0 if backward else itself) + home
+        arrivals = []
+        for move in moves[:2]:
+            link += move
+            arrivals.append(link)
         for number, keys in enumerate(comes):
-            seconds += max(visits(rows[rank], keys), moves[number + 1] + returns[number])
-        seconds += returns[-1] + _transfer(away * result, away * result, machine)
-        received = away * (row + result) + sum(needed) * key + sum(given) * gradient
-        sent = away * (row + result) + sum(given) * key + sum(needed) * gradient
+            busy = max(busy, arrivals[number]) + (visits(rows[rank], [keys]) if needed[number] else 0.0)
+            if backward:
+                link = max(link, busy)
+                link += _transfer(gradient * given[number], gradient * needed[number], machine)
+            for move in moves[number + 2 : number + 3]:
+                link = max(link, busy) + move
+                arrivals.append(link)
+        link = max(link, busy) + _transfer(away * result, away * result, machine)
+        seconds = max(link, busy + (itself if backward else 0.0))
+        received = away * (row + result) + sum(needed[held:]) * key + sum(given) * gradient
+        sent = away * (row + result) + sum(given[held:]) * key + sum(needed) * gradient
         found.append(_Pass(received, sent, seconds))
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from .chunk_plan import Plan, head_groups
+from .exchanges import Exchanges, Step
 from .torch_backend import Operands
-from .torch_visit import Visit, own_logits
+from .torch_visit import Visit
 
 Chunk = list[Tensor]  # of keys: k_s, k_t [B, Hkv, N, D], and ids [B, N] where there are segments
 
@@ -32,23 +33,37 @@ class Job:
     """What this rank does for a group of heads: its own keys, cut into chunks once, and the rows that it computes.
 
     Attributes:
-        plan: who computes what.
+        exchanges: this rank's, with the plan.
         keys: this rank's chunks.
         own: the rows of this rank's chunks that it computes itself.
         foreign: those of other ranks' chunks; not to be looked at before `works` were waited for.
         works: what brings them.
+        held: for the last steps of the forward pass their keys, where the backward pass follows.
+        results: for each chunk whose rows this rank computes, what is to go to the chunk's owner.
     """
 
-    plan: Plan
+    exchanges: Exchanges
     keys: dict[int, Chunk]
     own: list[Rows]
     foreign: list[Rows]
     works: list[Any]
+    held: dict[Step, Chunk] = field(default_factory=dict)
+    results: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    @property
+    def plan(self) -> Plan:
+        return self.exchanges.plan
 
     @property
     def rows(self) -> list[Rows]:
         """All rows that this rank computes, in the order of the plan, in which statistics are kept."""
         return sorted(self.own + self.foreign, key=lambda rows: rows.chunk)
+
+    def home(self) -> Iterator[tuple[int, Chunk]]:
+        """The keys that are here without being sent for: this rank's, and those that are another rank's rows, too."""
+        yield from self.keys.items()
+        for each in self.foreign if self.plan.shared else ():
+            yield each.chunk, [each.q_s, each.q_t, *([] if each.ids is None else [each.ids])]
 
     def visits(self, keys: Chunk, chunk: int, rows: Sequence[Rows]) -> Iterator[tuple[Rows, Visit]]:
         """The visits of the chunk by those rows that may see it."""
@@ -102,11 +117,6 @@ def empty_gradients(operands: Operands) -> tuple[Tensor, Tensor | None]:
 
 def of_heads(grads: tuple[Tensor, Tensor | None], heads: slice, key_heads: slice) -> tuple[Tensor, Tensor | None]:
     return grads[0][:, heads], None if grads[1] is None else grads[1][:, key_heads]
-
-
-def pivots_of(operands: Operands, scale: float, ids: Tensor | None) -> list[Tensor]:
-    q_s, k_s, q_t, k_t, _ = operands
-    return [own_logits(q, k, scale, ids) for q, k in ((q_s, k_s), (q_t, k_t))]
 
 
 def cut(x: Tensor, span: slice) -> Tensor:

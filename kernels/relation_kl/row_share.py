@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .chunk_plan import id_range
 from .torch_backend import Operands
-from .torch_visit import State, Visit, exactly, own_logits, working
+from .torch_visit import State, Visit, exactly, working
 
 _Pairs = list[tuple[int, int]]  # chunks of rows and of keys
 
@@ -51,7 +51,7 @@ class RowShare:
         chunks = self._chunks(operands, segment_ids)
         seen: dict[int, list[State]] = {chunk: [] for chunk in self.own}
         for pairs, visit in self._visits(chunks):
-            pivots = tuple(own_logits(x, x, softmax_scale, visit.row_ids) for x in (visit.q_s, visit.q_t))
+            pivots = tuple(self.visits.own_logits(x, x, softmax_scale, visit.row_ids) for x in (visit.q_s, visit.q_t))
             state = self.visits.forward(visit, softmax_scale, pivots)
             parts = [x.chunk(len(pairs)) for x in (state.m_s, state.m_t, state.l_s, state.l_t, state.a)]
             for (chunk, _), *part in zip(pairs, *parts, strict=True):

@@ -56,15 +56,7 @@ class State:
     @classmethod
     def start(cls, m_s: Tensor, m_t: Tensor) -> State:
         """Of rows that have seen nothing yet."""
-        zero = torch.zeros_like(m_s)
-        return cls(m_s, m_t, zero, zero, zero)
-
-    def add(self, other: State) -> None:
-        """Take in what the same rows saw in another visit."""
-        m_s, m_t = torch.maximum(self.m_s, other.m_s), torch.maximum(self.m_t, other.m_t)
-        mine, theirs = _lowered(self, m_s, m_t), _lowered(other, m_s, m_t)
-        self.m_s, self.m_t = m_s, m_t
-        self.l_s, self.l_t, self.a = (x.add_(y) for x, y in zip(mine, theirs, strict=True))
+        return cls(m_s.clone(), m_t.clone(), *(torch.zeros_like(m_s) for _ in range(3)))
 
     @classmethod
     def joined(cls, states: Sequence[State]) -> State:
@@ -154,6 +146,14 @@ def forward(visit: Visit, scale: float, pivots: tuple[Tensor, Tensor]) -> State:
         for target, value in zip((total.m_s, total.m_t, total.l_s, total.l_t, total.a), found, strict=True):
             target[:, :, part] = value
     return total
+
+
+def add(state: State, other: State) -> None:
+    """Put into `state` what the same rows saw in another visit, too."""
+    m_s, m_t = torch.maximum(state.m_s, other.m_s), torch.maximum(state.m_t, other.m_t)
+    mine, theirs = _lowered(state, m_s, m_t), _lowered(other, m_s, m_t)
+    state.m_s, state.m_t = m_s, m_t
+    state.l_s, state.l_t, state.a = (x.add_(y) for x, y in zip(mine, theirs, strict=True))
 
 
 def prepare(row_grad: Tensor, dtype: torch.dtype, scale: float, group: Any) -> tuple[Tensor, Tensor | None]:

@@ -32,6 +32,10 @@ from .triton_backend import (
     unit_of,
 )
 from .triton_kernels import backward_kernel, forward_again_kernel, forward_kernel
+from .visit_kernels import add_kernel, own_logits_kernel
+
+_PIVOTS = 64  # tokens a program
+_SUMS = 1024
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,32 @@ def places_of(visit: Visit) -> Places:
         between = visit.row_ids.new_full((visit.row_ids.shape[0], first_row - keys), -1)
         names = torch.cat([visit.key_ids, between, visit.row_ids], 1)
     return Places(first_row, keys, first_row + rows, names)
+
+
+def own_logits(q: Tensor, k: Tensor, scale: float, ids: Tensor | None) -> Tensor:
+    """As `torch_visit.own_logits`."""
+    batch, heads, seq_len, channels = q.shape
+    out = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    names = q if ids is None else ids
+    with on_device_of(q):
+        launch(
+            own_logits_kernel,
+            -(-seq_len // _PIVOTS) * batch * heads,
+            *(q, k, q.stride(), k.stride(), names, names.stride()),
+            *(out, heads, heads // k.shape[1], seq_len, scale * LOG2_E),
+            **{"channels": channels, "D": 1 << (channels - 1).bit_length(), "ROWS": _PIVOTS},
+            **{"SEGMENTS": ids is not None, "num_warps": 4, "enable_fp_fusion": False},
+        )
+    return out
+
+
+def add(state: State, other: State) -> None:
+    """As `torch_visit.add`, in place."""
+    count = state.a.numel()
+    tensors = (getattr(x, name) for x in (state, other) for name in ("m_s", "m_t", "l_s", "l_t", "a"))
+    with on_device_of(state.a):
+        options: dict[str, Any] = {"BLOCK": _SUMS, "num_warps": 4, "enable_fp_fusion": False}
+        launch(add_kernel, -(-count // _SUMS), *tensors, count, **options)
 
 
 def forward(visit: Visit, scale: float, pivots: tuple[Tensor, Tensor]) -> State:

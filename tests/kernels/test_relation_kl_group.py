@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from other_order import gradients_in_another_order
-from relation_kl import chunk_plan, sequence_parallel, torch_backend, torch_visit
+from relation_kl import chunk_plan, exchanges, sequence_parallel, torch_backend, torch_visit
 from relation_kl.torch_backend import Operands
 from torch import Tensor
 
@@ -68,15 +68,13 @@ def check_all(dtypes: list[torch.dtype]) -> None:
                     check(rank, ranks, group, dtype, key_heads, shard, kind, "torch")
 
 
-def check_on_gpus() -> None:
+def check_on_gpus(dtype: torch.dtype, key_heads: int | None) -> None:
     """Every kind on NCCL, by the kernels; shards of whole tiles and others."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     device = torch.device("cuda", rank)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for key_heads in (None, 2):
-            for shard, dim in ((9, 64), (300, 128), (512, 128)):
-                for kind in ("one", "crossing", "windows", "right", "documents", "scattered"):
-                    check(rank, ranks, dist.group.WORLD, dtype, key_heads, shard, kind, "triton", dim, device)
+    for shard, dim in ((9, 64), (300, 128), (512, 128)):
+        for kind in ("one", "crossing", "windows", "right", "documents", "scattered"):
+            check(rank, ranks, dist.group.WORLD, dtype, key_heads, shard, kind, "triton", dim, device)
 
 
 def check(
@@ -186,11 +184,18 @@ def test_sharded_is_whole_in_triton(tmp_path: Path) -> None:
     spawn(2, check_in_triton, tmp_path)
 
 
+# Each with few kernels to compile, so that they can run side by side, and no rank waits long for another one's.
+ON_GPUS = pytest.mark.parametrize("key_heads", [None, 2])
+TYPES_ON_GPUS = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+
+
 @pytest.mark.gpu
-def test_sharded_is_whole_on_gpus(tmp_path: Path) -> None:
+@ON_GPUS
+@TYPES_ON_GPUS
+def test_sharded_is_whole_on_gpus(dtype: torch.dtype, key_heads: int | None, tmp_path: Path) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip(f"needs two GPUs; this machine has {torch.cuda.device_count()}")
-    spawn(torch.cuda.device_count(), check_on_gpus, tmp_path)
+    spawn(torch.cuda.device_count(), check_on_gpus, tmp_path, dtype, key_heads)
 
 
 def count_elements() -> None:
@@ -206,7 +211,6 @@ def count_elements() -> None:
         return result
 
     torch.empty_like = counted
-    sequence_parallel.torch.empty_like = counted
     rk.relation_kl_value_and_grad(x, x.flip(2), torch.ones(1, 2, shard), group=dist.group.WORLD, backend="torch")
     assert max(sizes) <= x.numel() // 2, "a buffer is a chunk: half a shard"
     # rows: one of two chunks is another rank's; keys: student and teacher, forward and backward, and their gradients
@@ -246,7 +250,8 @@ def test_work_is_balanced(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "get_rank", lambda group=None: 0)
     monkeypatch.setattr(dist, "get_world_size", lambda group=None: ranks)
     monkeypatch.setattr(dist, "all_gather", lambda found, mine, group=None: [x.copy_(mine) for x in found])
-    plan = chunk_plan.make_plan(torch.empty(1, 1, 64, 8), None, None)
+    x = torch.empty(1, 1, 64, 8)
+    plan = chunk_plan.make_plan(Operands(x, x, x, x, True), None, None)
     assert plan is not None
     assert sorted(c for rows in plan.rows for c in rows) == list(range(2 * ranks))
     work = [sum(sum(plan.sees[r]) - 0.5 for r in rows) for rows in plan.rows]
@@ -276,10 +281,10 @@ class _Released(Exception):
 def one_rank_hangs(folder: str) -> None:
     """Rank 1 lives, but comes to none of the exchanges, or leaves after a few; rank 0 has an error in time."""
     wait, x = 3.0, torch.randn(1, 2, 8, 8)
-    start = sequence_parallel._start
-    for exchanges in (None, 0, 1, 3):  # None: it does not even come to compare lengths
+    start = exchanges.start
+    for most in (None, 0, 1, 3):  # None: it does not even come to compare lengths
         group = dist.new_group(timeout=timedelta(seconds=wait))
-        over = Path(folder) / f"over-{exchanges}"
+        over = Path(folder) / f"over-{most}"
         came = 0
 
         def hang(over: Path = over) -> None:
@@ -287,17 +292,17 @@ def one_rank_hangs(folder: str) -> None:
                 time.sleep(0.05)
             raise _Released
 
-        def counted(operations: Any, exchanges: int | None = exchanges, hang: Any = hang) -> Any:
+        def counted(operations: Any, most: int | None = most, hang: Any = hang) -> Any:
             nonlocal came
-            if came == exchanges:
+            if came == most:
                 hang()
             came += 1
             return start(operations)
 
         if dist.get_rank() == 1:
-            sequence_parallel._start = counted
+            exchanges.start = counted
             with pytest.raises(_Released):
-                if exchanges is None:
+                if most is None:
                     hang()
                 rk.relation_kl_value_and_grad(x, x, x[..., 0], group=group, backend="torch")
             continue
@@ -306,7 +311,7 @@ def one_rank_hangs(folder: str) -> None:
             rk.relation_kl_value_and_grad(x, x, x[..., 0], group=group, backend="torch")
         took = time.monotonic() - began
         over.touch()
-        assert wait - 1 < took < wait + 10, (exchanges, took)
+        assert wait - 1 < took < wait + 10, (most, took)
     os._exit(0)  # the groups that failed cannot be taken down in order
 
 

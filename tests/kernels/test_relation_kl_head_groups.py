@@ -15,7 +15,7 @@ import torch.distributed as dist
 from relation_kl import chunk_plan
 from relation_kl.chunk_plan import head_groups
 from relation_kl.head_group import take_turns
-from test_relation_kl_group import check, spawn
+from test_relation_kl_group import ON_GPUS, TYPES_ON_GPUS, check, spawn
 from torch import Tensor
 
 
@@ -136,20 +136,19 @@ def test_memory_is_that_of_two_groups(ranks: int, tmp_path: Path) -> None:
     spawn(ranks, count_bytes, tmp_path)
 
 
-def groups_on_gpus() -> None:
+def groups_on_gpus(dtype: torch.dtype, key_heads: int | None) -> None:
     """One head a group, by the kernels; shards of whole tiles and others."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+    rank, ranks, device = dist.get_rank(), dist.get_world_size(), torch.device("cuda", dist.get_rank())
     _in_groups(1)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for key_heads in (None, 2):
-            for shard, dim in ((9, 64), (300, 128), (512, 128)):
-                for kind in ("one", "crossing", "documents"):
-                    device = torch.device("cuda", rank)
-                    check(rank, ranks, dist.group.WORLD, dtype, key_heads, shard, kind, "triton", dim, device)
+    for shard, dim in ((9, 64), (300, 128), (512, 128)):
+        for kind in ("one", "crossing", "documents"):
+            check(rank, ranks, dist.group.WORLD, dtype, key_heads, shard, kind, "triton", dim, device)
 
 
 @pytest.mark.gpu
-def test_groups_on_gpus(tmp_path: Path) -> None:
+@ON_GPUS
+@TYPES_ON_GPUS
+def test_groups_on_gpus(dtype: torch.dtype, key_heads: int | None, tmp_path: Path) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip(f"needs two GPUs; this machine has {torch.cuda.device_count()}")
-    spawn(2, groups_on_gpus, tmp_path)
+    spawn(torch.cuda.device_count(), groups_on_gpus, tmp_path, dtype, key_heads)

@@ -14,7 +14,7 @@ import relation_kl as rk
 import torch
 from relation_kl import torch_visit
 from relation_kl.tiles import pick_pipeline
-from relation_kl.torch_visit import State, Visit, own_logits
+from relation_kl.torch_visit import State, Visit
 from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="needs triton, which is not installed")
@@ -56,14 +56,14 @@ def visited(
     row_ids = None if ids is None else ids[:, keys:].contiguous()
     key_ids = None if ids is None else ids[:, :keys].contiguous()
     x_s, x_t, y_s, y_t = part(q_s, True), part(q_t, True), part(k_s, True), part(k_t, True)
-    pivots = own_logits(x_s, y_s, scale, row_ids), own_logits(x_t, y_t, scale, row_ids)
+    pivots = visits.own_logits(x_s, y_s, scale, row_ids), visits.own_logits(x_t, y_t, scale, row_ids)
     state = State.start(*pivots)
     both = [
         Visit(x_s, x_t, part(k_s, False), part(k_t, False), row_ids, key_ids, False),
         Visit(x_s, x_t, y_s, y_t, row_ids, row_ids, True),
     ]
     for visit in both:
-        state.add(visits.forward(visit, scale, pivots))
+        visits.add(state, visits.forward(visit, scale, pivots))
     g = upstream.to(kind) if row_ids is None else torch.where((row_ids >= 0)[:, None], upstream.to(kind), 0.0)
     gradient, unit = visits.prepare(g, q_s.dtype, scale, None)
     inputs = [x_s, *(visit.k_s for visit in both)]

@@ -1,0 +1,159 @@
+"""What the ranks of a group send one another: rows and their results, keys, gradients of keys; chunk by chunk.
+
+Every rank starts its exchanges in the same order, and each with one batch of sends and receives, which may be empty.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .chunk_plan import Plan
+
+Step = tuple[int, int]  # (distance to the owner, which of its chunks); see `Plan.steps`
+
+
+class Exchanges:
+    """One rank's.
+
+    Args:
+        plan: who computes what.
+        group: torch process group.
+    """
+
+    def __init__(self, plan: Plan, group: Any) -> None:
+        self.plan, self.group = plan, group
+
+    def rows(
+        self, parts: dict[int, list[Tensor]], shapes: dict[int, list[Tensor]]
+    ) -> tuple[dict[int, list[Tensor]], list[Any]]:
+        """Rows go from their owners to those who compute them: chunk -> tensors, once the works were waited for.
+
+        Args:
+            parts: of this rank's chunks.
+            shapes: tensors like those of the chunks that this rank computes.
+        """
+        rows = enumerate(self.plan.rows)
+        return self._move([(c, c // 2, worker) for worker, chunks in rows for c in chunks], parts, shapes)
+
+    def results(
+        self, parts: dict[int, list[Tensor]], shapes: dict[int, list[Tensor]]
+    ) -> tuple[dict[int, list[Tensor]], list[Any]]:
+        """The way back; as `rows`, with the chunks of both sides changed about."""
+        rows = enumerate(self.plan.rows)
+        return self._move([(c, worker, c // 2) for worker, chunks in rows for c in chunks], parts, shapes)
+
+    def keys(
+        self, steps: list[Step], own: dict[int, list[Tensor]], here: dict[Step, list[Tensor]]
+    ) -> Iterator[tuple[Step, int, list[Tensor]] | None]:
+        """For each step None, when its keys are to be waited for, and then these.
+
+        Two steps' keys are on their way when the first None comes; those of a later step are sent for when a step's
+        are done with.
+
+        Args:
+            steps: of the plan, in any order, the same on all ranks.
+            own: this rank's chunks of keys.
+            here: steps for which nothing needs to be sent, the same on all ranks, and their keys. They are taken out.
+
+        Yields:
+            (step, chunk, keys), or (step, -1, []) where this rank needs none. Nothing here holds the keys any longer.
+        """
+        plan = self.plan
+
+        def begin(step: Step) -> list[Any]:
+            coming, going = plan.coming(step), plan.going(step)
+            here[step], operations = [], []
+            if coming is not None:
+                here[step] = [room(x) for x in own[plan.own[step[1]]]]
+                operations += [self.receive(x, coming[0]) for x in here[step]]
+            if going is not None:
+                operations += [self.send(x, going[0]) for x in own[going[1]]]
+            return start(operations)
+
+        had = set(here)
+        works = deque([] if step in had else begin(step) for step in steps[:2])
+        for i, step in enumerate(steps):
+            yield None
+            wait(works.popleft())
+            _, chunk = plan.coming(step) or (-1, -1)
+            yield step, chunk, here.pop(step)
+            if i + 2 < len(steps):
+                works.append([] if steps[i + 2] in had else begin(steps[i + 2]))
+
+    def _move(
+        self, moves: list[tuple[int, int, int]], parts: dict[int, list[Tensor]], shapes: dict[int, list[Tensor]]
+    ) -> tuple[dict[int, list[Tensor]], list[Any]]:
+        """Start (chunk, from, to) moves, in the same order on every rank; what stays is not copied."""
+        rank, found, operations = self.plan.rank, {}, []
+        for chunk, source, target in moves:
+            if rank == target:
+                found[chunk] = parts[chunk] if source == target else [room(x) for x in shapes[chunk]]
+                if source != target:
+                    operations += [self.receive(x, source) for x in found[chunk]]
+            elif rank == source:
+                operations += [self.send(x, target) for x in parts[chunk]]
+        return found, start(operations)
+
+    def send(self, x: Tensor, peer: int) -> dist.P2POp:
+        return dist.P2POp(dist.isend, x, group=self.group, group_peer=peer)
+
+    def receive(self, x: Tensor, peer: int) -> dist.P2POp:
+        return dist.P2POp(dist.irecv, x, group=self.group, group_peer=peer)
+
+
+class Returns:
+    """Gradients of fetched keys on their way back to their owners, and this rank's own coming in, a step behind.
+
+    Args:
+        exchanges: this rank's.
+        k_grads: the gradients of this rank's chunks, to which what comes in is added, in the order of the steps.
+    """
+
+    def __init__(self, exchanges: Exchanges, k_grads: dict[int, Tensor]) -> None:
+        self.exchanges, self.k_grads = exchanges, k_grads
+        self.pending: tuple[list[Any], Tensor | None, int] = ([], None, 0)
+
+    def send(self, step: Step, found: Tensor | None) -> None:
+        """Send back a step's gradient, and take in the one that this rank's keys got in that step elsewhere."""
+        self.finish()
+        plan = self.exchanges.plan
+        coming, going = plan.coming(step), plan.going(step)
+        operations, incoming, chunk = [], None, 0
+        if coming is not None and found is not None:
+            operations.append(self.exchanges.send(found, coming[0]))
+        if going is not None:
+            worker, chunk = going
+            incoming = room(self.k_grads[chunk])
+            operations.append(self.exchanges.receive(incoming, worker))
+        self.pending = start(operations), incoming, chunk
+
+    def finish(self) -> None:
+        """Wait for the last step's, and add it up."""
+        works, incoming, chunk = self.pending
+        wait(works)
+        if incoming is not None:
+            self.k_grads[chunk] += incoming
+        self.pending = [], None, 0
+
+
+def room(x: Tensor) -> Tensor:
+    """For something like x that comes in."""
+    return torch.empty_like(x)
+
+
+def start(operations: list[dist.P2POp]) -> list[Any]:
+    """Works, each with all of the operations, which hold the tensors until `wait`, whether or not the works do."""
+    operations = [operation for operation in operations if operation.tensor.numel() > 0]
+    return [(work, operations) for work in dist.batch_isend_irecv(operations)] if operations else []
+
+
+def wait(works: list[Any]) -> None:
+    for work, _ in works:
+        work.wait()
+    works.clear()
