@@ -6,7 +6,7 @@ For each length: the whole on one GPU (the others wait), then on all P ranks in 
 `relation_kl(..., group=...)`; `at once`: `relation_kl_value_and_grad`, as the trainer calls it) and in mode `heads`
 (whole sequences of heads / P). `heads+exchange` has the all-to-all of student, teacher and gradient too, which a caller
 pays whose tensors are sharded along the sequence; the trainer's are not: Ulysses has exchanged them for attention. A
-sample is the slowest rank's, all started together; medians are shown.
+sample is the slowest rank's, all started together, modes in turns; medians are shown.
 
 efficiency: time on one GPU / (P x time on P). sent: MiB that the busiest rank sends in a forward and backward.
 transfers: the same exchanges with nothing computed between them, in ms; computation: the same visits with nothing
@@ -111,33 +111,31 @@ def _run(options: Namespace, conditions: Callable[[], dict[str, Any]], group: An
 
 def _measure(options: Namespace, dtype: torch.dtype, seq_len: int, head_dim: int, group: Any) -> list[dict[str, Any]]:
     """Values for COLUMNS, a row a mode; the same on every rank."""
-    ranks, found, single = dist.get_world_size(), [], 0.0
-    for mode in ("one", "sequence", "sequence at once", "heads", "heads+exchange"):
-        if mode.startswith("heads") and options.heads % ranks:
-            continue
-        call, returned = _case(mode, options, dtype, seq_len, head_dim, group)
+    ranks = dist.get_world_size()
+    modes = ["one", "sequence", "sequence at once"]
+    modes += ["heads", "heads+exchange"] if options.heads % ranks == 0 else []
+    cases = {mode: _case(mode, options, dtype, seq_len, head_dim, group) for mode in modes}
+    calls = {mode: call for mode, (call, _) in cases.items()}
+    times = _times(calls, options)
+    found, single = [], float(np.median(times["one"]))
+    for mode, (call, returned) in cases.items():
         with _counting() as sent:
             call()
-        times = _times(call, options)
         most = torch.tensor([_peak(call, returned), sent[0]], dtype=torch.float64, device=options.device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
         peak_mib, sent_mib = (most / 2**20).tolist()
-        p10, median, p90 = np.percentile(times, (10, 50, 90)).tolist()
-        single = median if mode == "one" else single
+        p10, median, p90 = np.percentile(times[mode], (10, 50, 90)).tolist()
         used = 1 if mode == "one" else ranks
         row: dict[str, Any] = {"mode": mode, "ranks": used, "median_ms": median, "p10_ms": p10, "p90_ms": p90}
-        row |= {"samples": len(times), "efficiency": single / (used * median), "peak_mib": peak_mib}
+        row |= {"samples": len(times[mode]), "efficiency": single / (used * median), "peak_mib": peak_mib}
         if mode.startswith("sequence"):
             with _transfers_only():
-                transfers = float(np.median(_times(call, options)))
+                transfers = float(np.median(_times({mode: call}, options)[mode]))
             with _computation_only():
-                computation = float(np.median(_times(call, options)))
+                computation = float(np.median(_times({mode: call}, options)[mode]))
             row |= {"sent_mib": sent_mib, "transfers_ms": transfers, "computation_ms": computation}
             row["hidden"] = 1 - (median - computation) / transfers
         found.append(row)
-        del call
-        if options.device.type == "cuda":
-            torch.cuda.empty_cache()
     return found
 
 
@@ -173,28 +171,29 @@ def _case(
     return calls.get(mode, forward_backward), student.nbytes
 
 
-def _times(call: Callable[[], None], options: Namespace) -> list[float]:
-    """Milliseconds of the slowest rank, all started together, once warm."""
+def _times(calls: dict[str, Callable[[], None]], options: Namespace) -> dict[str, list[float]]:
+    """Milliseconds of the slowest rank, all started together, once warm; the calls in turns."""
     on_gpu = options.device.type == "cuda"
     samples = options.repeats or (8 if on_gpu else 2)
-    times = torch.zeros(samples + 1, device=options.device)
+    times = torch.zeros(samples + 1, len(calls), device=options.device)
     for i in range(samples + 1):
-        dist.all_reduce(torch.zeros(1, device=options.device))
-        if on_gpu:
-            torch.cuda.synchronize()
-            dist.barrier()
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            times[i] = start.elapsed_time(end)
-        else:
-            begin = time.perf_counter()
-            call()
-            times[i] = (time.perf_counter() - begin) * 1e3
+        for j, call in enumerate(calls.values()):
+            dist.all_reduce(torch.zeros(1, device=options.device))
+            if on_gpu:
+                torch.cuda.synchronize()
+                dist.barrier()
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record()
+                call()
+                end.record()
+                end.synchronize()
+                times[i, j] = start.elapsed_time(end)
+            else:
+                begin = time.perf_counter()
+                call()
+                times[i, j] = (time.perf_counter() - begin) * 1e3
     dist.all_reduce(times, dist.ReduceOp.MAX)
-    return times[1:].tolist()
+    return dict(zip(calls, times[1:].T.tolist(), strict=True))
 
 
 def _peak(call: Callable[[], None], returned: int) -> float:

@@ -16,6 +16,7 @@ from .torch_backend import Operands
 from .torch_visit import Visit
 
 Chunk = list[Tensor]  # of keys: k_s, k_t [B, Hkv, N, D], and ids [B, N] where there are segments
+Heads = tuple[slice, slice]  # of the rows and of the keys
 
 
 class Rows(NamedTuple):
@@ -24,8 +25,8 @@ class Rows(NamedTuple):
     chunk: int
     q_s: Tensor  # [B, H, R, D]
     q_t: Tensor
+    numbers: Tensor  # [n, B, H, R]: the pivots of student and teacher in forward, the upstream gradient in backward
     ids: Tensor | None  # [B, R]
-    others: list[Tensor]  # [B, H, R]: the pivots of student and teacher in forward, upstream gradient in backward
 
 
 @dataclass
@@ -64,6 +65,12 @@ class Job:
         yield from self.keys.items()
         for each in self.foreign if self.plan.shared else ():
             yield each.chunk, [each.q_s, each.q_t, *([] if each.ids is None else [each.ids])]
+
+    def forget(self) -> None:
+        """Keys of this rank that its own rows do not see."""
+        for chunk in self.plan.own:
+            if not any(self.plan.sees[rows.chunk][chunk] for rows in self.own):
+                del self.keys[chunk]
 
     def visits(self, keys: Chunk, chunk: int, rows: Sequence[Rows]) -> Iterator[tuple[Rows, Visit]]:
         """The visits of the chunk by those rows that may see it."""
@@ -107,6 +114,15 @@ def take_turns(pieces: Sequence[Iterator[None]], lead: int) -> None:
         next(turns[0], None)
     while any([next(turn, "done") is None for turn in reversed(turns)]):
         pass
+
+
+def halves(heads: int, key_heads: int) -> tuple[list[Heads], list[Heads]]:
+    """The heads in two parts that need nothing of one another; in the second one only, where there is one key head."""
+    half, shared = key_heads // 2, heads // key_heads
+    first, second = (
+        (slice(low * shared, high * shared), slice(low, high)) for low, high in ((0, half), (half, key_heads))
+    )
+    return [first] if half else [], [second]
 
 
 def empty_gradients(operands: Operands) -> tuple[Tensor, Tensor | None]:

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from .chunk_plan import Plan, make_plan
 from .exchanges import Exchanges, Returns, wait
-from .head_group import Chunk, Job, Rows, by_heads, cut, empty_gradients, of_heads
+from .head_group import Chunk, Heads, Job, Rows, by_heads, cut, empty_gradients, halves, of_heads
 from .torch_backend import Operands
 from .torch_visit import State, exactly, working
 
@@ -80,7 +80,7 @@ class SequenceParallel:
         statistics = tuple(torch.empty(computed, dtype=working(q), device=q.device) for _ in range(4))
 
         def work(part: Operands, heads: slice, key_heads: slice, ids: Tensor | None) -> Iterator[None]:
-            job = self._start(plan, part, ids, self._pivots(part, softmax_scale, ids))
+            job = self._start(plan, part, ids, torch.stack(self._pivots(part, softmax_scale, ids)))
             of_rows = yield from self._forward(job, softmax_scale, keep=False)
             for x, *found in zip(statistics, *(of_rows[each.chunk] for each in job.rows), strict=True):
                 torch.cat(found, 2, out=x[:, heads])
@@ -110,7 +110,7 @@ class SequenceParallel:
         grads = empty_gradients(operands)
 
         def work(part: Operands, heads: slice, key_heads: slice, ids: Tensor | None) -> Iterator[None]:
-            job = self._start(plan, part, ids, [prepared[:, heads]])
+            job = self._start(plan, part, ids, prepared[None, :, heads])
             parts = ([y.contiguous() for y in x[:, heads].split(plan.row_lengths, 2)] for x in statistics)
             of_rows = dict(zip(plan.rows[plan.rank], zip(*parts, strict=True), strict=True))
             yield from self._backward(job, part, softmax_scale, of_rows, unit, of_heads(grads, heads, key_heads))
@@ -131,9 +131,10 @@ class SequenceParallel:
         values, grads = torch.empty(q.shape[:3], dtype=working(q), device=q.device), empty_gradients(operands)
 
         def work(part: Operands, heads: slice, key_heads: slice, ids: Tensor | None) -> Iterator[None]:
-            job = self._start(plan, part, ids, [*self._pivots(part, softmax_scale, ids), prepared[:, heads]])
+            numbers = torch.stack([*self._pivots(part, softmax_scale, ids), prepared[:, heads]])
+            job = self._start(plan, part, ids, numbers)
             of_rows = yield from self._forward(job, softmax_scale, keep=True)
-            job.own, job.foreign = ([x._replace(others=x.others[2:]) for x in rows] for rows in (job.own, job.foreign))
+            job.own, job.foreign = ([x._replace(numbers=x.numbers[2:]) for x in y] for y in (job.own, job.foreign))
             of_part = of_heads(grads, heads, key_heads)
             yield from self._backward(job, part, softmax_scale, of_rows, unit, of_part, values[:, heads])
 
@@ -150,7 +151,7 @@ class SequenceParallel:
 
         def visit(keys: Chunk, chunk: int, rows: Sequence[Rows]) -> None:
             for each, visit in job.visits(keys, chunk, rows):
-                found = self.visits.forward(visit, scale, (each.others[0], each.others[1]))
+                found = self.visits.forward(visit, scale, (each.numbers[0], each.numbers[1]))
                 if each.chunk in states:
                     self.visits.add(states[each.chunk], found)
                 else:
@@ -176,7 +177,7 @@ class SequenceParallel:
                 job.held[step] = keys
             del arrived, keys
         for each in job.rows:  # what saw nothing is padding
-            state = states.setdefault(each.chunk, State.start(each.others[0], each.others[1]))
+            state = states.setdefault(each.chunk, State.start(each.numbers[0], each.numbers[1]))
             job.results[each.chunk] = [state.rows(each.ids)]
         return {chunk: state.statistics() for chunk, state in states.items()}
 
@@ -201,19 +202,30 @@ class SequenceParallel:
 
         stream = job.exchanges.keys(plan.steps[::-1], job.keys, job.held)
         next(stream)
-        k_grads = {chunk: nothing_yet(job.keys[chunk][0]) for chunk in plan.own}
-        yield
-        wait(job.works)
         # Of a self-relation the sum is wanted, also of another rank's rows and their keys.
         both = operands.self_relation
+        k_grads = {chunk: nothing_yet(job.keys[chunk][0]) for chunk in plan.own}
         q_grads = {x.chunk: k_grads[x.chunk] if both and x.chunk in k_grads else nothing_yet(x.q_s) for x in job.rows}
         known = q_grads | k_grads if both else k_grads
 
-        def visit(keys: Chunk, chunk: int, rows: Sequence[Rows], k_grad: Tensor) -> None:
+        def visit(
+            keys: Chunk, chunk: int, rows: Sequence[Rows], k_grad: Tensor, of: Heads = (slice(None), slice(None))
+        ) -> None:
             for each, visit in job.visits(keys, chunk, rows):
-                q_grad = q_grads[each.chunk]
-                self.visits.backward(visit, scale, of_rows[each.chunk], each.others[0], q_grad, k_grad)
+                visit, (heads, key_heads) = visit.of_heads(*of), of
+                numbers = [x[:, heads].contiguous() for x in (*of_rows[each.chunk], each.numbers[0])]
+                q_grad = q_grads[each.chunk][:, heads]
+                self.visits.backward(visit, scale, numbers[:-1], numbers[-1], q_grad, k_grad[:, key_heads])
 
+        # Own rows and keys come last; but where rows are yet to come, a part of their heads hides that.
+        early, late = (
+            halves(q.shape[1], operands.student_k.shape[1]) if job.works else ([], [(slice(None), slice(None))])
+        )
+        for of in early:
+            for chunk, keys in job.keys.items():
+                visit(keys, chunk, job.own, k_grads[chunk], of)
+        yield
+        wait(job.works)
         for chunk, keys in job.home():
             visit(keys, chunk, job.foreign if chunk in job.keys else job.rows, known[chunk])
         returns = Returns(job.exchanges, k_grads)
@@ -223,13 +235,15 @@ class SequenceParallel:
                 yield
                 continue
             step, chunk, keys = arrived
+            if step == plan.steps[0]:  # the last one: all are sent
+                job.forget()
             found = nothing_yet(keys[0]) if keys else None
             if found is not None:
                 visit(keys, chunk, job.rows, found)
             returns.send(step, found)
             del arrived, keys, found
-        for each in job.rows:
-            job.results[each.chunk] = [q_grads[each.chunk], *job.results.get(each.chunk, [])]
+        for chunk, q_grad in q_grads.items():
+            job.results[chunk] = [q_grad, *job.results.get(chunk, [])]
         shapes = {}
         for chunk in plan.own:
             of_values = [] if values is None else [values[:, :, plan.span(chunk)]]
@@ -237,8 +251,9 @@ class SequenceParallel:
             shapes[chunk] = [k_grads[chunk].new_empty(1).expand(shape), *of_values]
         results, works = job.exchanges.results(job.results, shapes)
         job.foreign.clear()
-        for chunk, keys in job.keys.items():
-            visit(keys, chunk, job.own, k_grads[chunk])
+        for of in late:
+            for chunk, keys in job.keys.items():
+                visit(keys, chunk, job.own, k_grads[chunk], of)
         job.keys.clear()
         yield
         returns.finish()
@@ -267,8 +282,8 @@ class SequenceParallel:
             row_grad = torch.where((segment_ids >= 0)[:, None], row_grad, 0.0)
         return self.visits.prepare(row_grad, operands.student_q.dtype, scale, self.group)
 
-    def _start(self, plan: Plan, operands: Operands, segment_ids: Tensor | None, others: list[Tensor]) -> Job:
-        """Cuts the shard into chunks, and sends for the rows of other ranks; `others` are [B, H, T]."""
+    def _start(self, plan: Plan, operands: Operands, segment_ids: Tensor | None, numbers: Tensor) -> Job:
+        """Cuts the shard into chunks, and sends for the rows of other ranks; numbers [n, B, H, T], see `Rows`."""
         ids = [] if segment_ids is None else [segment_ids]
         keys, rows = {}, {}
         for chunk in plan.own:
@@ -279,10 +294,11 @@ class SequenceParallel:
                 if operands.self_relation
                 else [cut(x, span) for x in (operands.student_q, operands.teacher_q)]
             )
-            rows[chunk] = [*queries, *(cut(x, span) for x in (*others, *ids))]
+            rows[chunk] = [*queries, numbers[..., span].contiguous(), *(cut(x, span) for x in ids)]
 
         def named(chunk: int, tensors: list[Tensor]) -> Rows:
-            return Rows(chunk, tensors[0], tensors[1], tensors[-1] if ids else None, tensors[2 : 2 + len(others)])
+            q_s, q_t, numbers, *names = tensors
+            return Rows(chunk, q_s, q_t, numbers, names[0] if names else None)
 
         exchanges = Exchanges(plan, self.group)
         # A chunk's shape is that of this rank's first or second one.

@@ -38,6 +38,12 @@ class Visit(NamedTuple):
     key_ids: Tensor | None  # int64 [B, N]
     diagonal: bool
 
+    def of_heads(self, heads: slice, key_heads: slice) -> Visit:
+        """Of some heads of the rows, and of their keys."""
+        rows = (x[:, heads].contiguous() for x in (self.q_s, self.q_t))
+        keys = (x[:, key_heads].contiguous() for x in (self.k_s, self.k_t))
+        return self._replace(**dict(zip(("q_s", "q_t", "k_s", "k_t"), (*rows, *keys), strict=True)))
+
 
 @dataclass
 class State:
@@ -197,7 +203,7 @@ def backward(
         scale: softmax_scale.
         statistics: m_s, m_t, l_s, l_t of the rows over all of their keys (`State.statistics`).
         row_grad: from `prepare`.
-        q_grad: of `gradient_shape`, contiguous, in the type `working` for the inputs'.
+        q_grad: of `gradient_shape`, contiguous but for the first dimension, in the type `working` for the inputs'.
         k_grad: as q_grad; the same for the chunk with itself in a self-relation.
     """
     keys = visit.k_s.to(q_grad.dtype)

@@ -223,7 +223,7 @@ def count_elements() -> None:
 
     def watched(*arguments: Any, **options: Any) -> Tensor:
         result = empty_like(*arguments, **options)
-        if result.dim() == 4:
+        if result.shape[-1] == x.shape[-1]:
             made.append(weakref.ref(result))
         alive.append(sum(ref() is not None for ref in made))
         return result
