@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -50,11 +51,8 @@ class Exchanges:
 
     def keys(
         self, steps: list[Step], own: dict[int, list[Tensor]], here: dict[Step, list[Tensor]]
-    ) -> Iterator[tuple[Step, int, list[Tensor]] | None]:
-        """For each step None, when its keys are to be waited for, and then these.
-
-        Two steps' keys are on their way when the first None comes; those of a later step are sent for when a step's
-        are done with.
+    ) -> Iterator[tuple[Step, int, list[Tensor]]]:
+        """The keys of each step. Two steps' are sent for now; those of a later one when a step's are done with.
 
         Args:
             steps: of the plan, in any order, the same on all ranks.
@@ -64,9 +62,11 @@ class Exchanges:
         Yields:
             (step, chunk, keys), or (step, -1, []) where this rank needs none. Nothing here holds the keys any longer.
         """
-        plan = self.plan
+        plan, had = self.plan, set(here)
 
         def begin(step: Step) -> list[Any]:
+            if step in had:
+                return []
             coming, going = plan.coming(step), plan.going(step)
             here[step], operations = [], []
             if coming is not None:
@@ -76,15 +76,17 @@ class Exchanges:
                 operations += [self.send(x, going[0]) for x in own[going[1]]]
             return start(operations)
 
-        had = set(here)
-        works = deque([] if step in had else begin(step) for step in steps[:2])
-        for i, step in enumerate(steps):
-            yield None
-            wait(works.popleft())
-            _, chunk = plan.coming(step) or (-1, -1)
-            yield step, chunk, here.pop(step)
-            if i + 2 < len(steps):
-                works.append([] if steps[i + 2] in had else begin(steps[i + 2]))
+        works = deque(begin(step) for step in steps[:2])
+
+        def arriving() -> Iterator[tuple[Step, int, list[Tensor]]]:
+            for step, later in zip_longest(steps, steps[2:]):
+                wait(works.popleft())
+                _, chunk = plan.coming(step) or (-1, -1)
+                yield step, chunk, here.pop(step)
+                if later is not None:
+                    works.append(begin(later))
+
+        return arriving()
 
     def _move(
         self, moves: list[tuple[int, int, int]], parts: dict[int, list[Tensor]], shapes: dict[int, list[Tensor]]

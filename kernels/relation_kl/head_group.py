@@ -95,23 +95,17 @@ def by_heads(plan: Plan, operands: Operands, segment_ids: Tensor | None, work: C
             q_t, k_t = operands.teacher_q, operands.teacher_k
             part = Operands(q[:, heads], k[:, key_heads], q_t[:, heads], k_t[:, key_heads], False)
         pieces.append(work(part, heads, key_heads, ids))
-    # Half of a pass, which yields 2 P times.
-    take_turns(pieces, lead=plan.ranks)
+    take_turns(pieces)
 
 
-def take_turns(pieces: Sequence[Iterator[None]], lead: int) -> None:
-    """Runs all pieces to their end, two at a time.
+def take_turns(pieces: Sequence[Iterator[None]]) -> None:
+    """Runs all pieces to their end, two at a time, the first one a turn ahead.
 
     A piece yields where it is about to wait for another process. Then the host starts what another piece has to do
     until it would wait, and so on: in an order that depends only on the number of pieces and of their yields.
-
-    Args:
-        pieces: what is to be run.
-        lead: how many yields the first piece is ahead of the second.
     """
     turns = [chain.from_iterable(pieces[first::2]) for first in (0, 1)]
-    for _ in range(lead):
-        next(turns[0], None)
+    next(turns[0], None)
     while any([next(turn, "done") is None for turn in reversed(turns)]):
         pass
 

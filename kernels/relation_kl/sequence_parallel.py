@@ -15,8 +15,9 @@ Where visits are long, this is done for a few heads at a time (`head_groups`), a
 groups in the place of those of all heads. Two groups take turns (`take_turns`): what one waits for passes while the
 other's visits are computed. To issue whole groups one after the other would not do: exchanges are executed in the order
 in which they are issued, so that a group's first would come after its predecessor's last, and but for its own keys it
-would run alone. So the host goes from one to the other wherever one would wait. The first group is half of a pass
-ahead, so that the two do not begin and end together, when much is exchanged and little computed.
+would run alone. A group gives way where it is to wait for rows or results of others, where all ranks have computed
+about as much; in between, where some have done more than others, it does not, for who comes first to an exchange waits,
+and holds multiprocessors meanwhile.
 
 Of each group a rank holds its own two chunks, the rows that it computes, two chunks of keys and, in backward, gradients
 of seven chunks at most: memory O(T), T the local length, whatever P is; and no more than two groups of heads at once.
@@ -160,22 +161,16 @@ class SequenceParallel:
         for chunk, keys in job.keys.items():
             visit(keys, chunk, job.own)
         stream = job.exchanges.keys(steps, job.keys, {})
-        next(stream)
         yield
         wait(job.works)
         for chunk, keys in job.home():
             visit(keys, chunk, job.foreign if chunk in job.keys else job.rows)
-        yield
-        for arrived in stream:
-            if arrived is None:
-                yield
-                continue
-            step, chunk, keys = arrived
+        for step, chunk, keys in stream:
             if keys:
                 visit(keys, chunk, job.rows)
             if keep and step in steps[-2:]:
                 job.held[step] = keys
-            del arrived, keys
+            del keys
         for each in job.rows:  # what saw nothing is padding
             state = states.setdefault(each.chunk, State.start(each.numbers[0], each.numbers[1]))
             job.results[each.chunk] = [state.rows(each.ids)]
@@ -191,9 +186,16 @@ class SequenceParallel:
         grads: tuple[Tensor, Tensor | None],
         values: Tensor | None = None,
     ) -> Iterator[None]:
-        """Writes the gradients of this rank's queries and keys, and the values that are in job.results, if wanted.
+        """Writes the gradients of this rank's queries and keys.
 
-        `of_rows` are the statistics.
+        Args:
+            job: what is to be done; after a forward pass its values are in job.results, and the rows are there.
+            operands: of these heads.
+            scale: softmax_scale.
+            of_rows: statistics of the chunks that this rank computes.
+            unit: from `prepare`.
+            grads: what is written.
+            values: [B, H, T], to be written, too; None without a forward pass.
         """
         plan, q = job.plan, operands.student_q
 
@@ -201,7 +203,6 @@ class SequenceParallel:
             return torch.zeros(self.visits.gradient_shape(x), dtype=working(x), device=x.device)
 
         stream = job.exchanges.keys(plan.steps[::-1], job.keys, job.held)
-        next(stream)
         # Of a self-relation the sum is wanted, also of another rank's rows and their keys.
         both = operands.self_relation
         k_grads = {chunk: nothing_yet(job.keys[chunk][0]) for chunk in plan.own}
@@ -217,31 +218,27 @@ class SequenceParallel:
                 q_grad = q_grads[each.chunk][:, heads]
                 self.visits.backward(visit, scale, numbers[:-1], numbers[-1], q_grad, k_grad[:, key_heads])
 
-        # Own rows and keys come last; but where rows are yet to come, a part of their heads hides that.
-        early, late = (
-            halves(q.shape[1], operands.student_k.shape[1]) if job.works else ([], [(slice(None), slice(None))])
-        )
-        for of in early:
-            for chunk, keys in job.keys.items():
-                visit(keys, chunk, job.own, k_grads[chunk], of)
-        yield
-        wait(job.works)
+        # Own rows and keys come last; but where rows are yet to come, half of the heads hide that.
+        early: list[Heads] = []
+        late: list[Heads] = [(slice(None), slice(None))]
+        if values is None:
+            early, late = halves(q.shape[1], operands.student_k.shape[1])
+            for of in early:
+                for chunk, keys in job.keys.items():
+                    visit(keys, chunk, job.own, k_grads[chunk], of)
+            yield
+            wait(job.works)
         for chunk, keys in job.home():
             visit(keys, chunk, job.foreign if chunk in job.keys else job.rows, known[chunk])
         returns = Returns(job.exchanges, k_grads)
-        yield
-        for arrived in stream:
-            if arrived is None:
-                yield
-                continue
-            step, chunk, keys = arrived
+        for step, chunk, keys in stream:
             if step == plan.steps[0]:  # the last one: all are sent
                 job.forget()
             found = nothing_yet(keys[0]) if keys else None
             if found is not None:
                 visit(keys, chunk, job.rows, found)
             returns.send(step, found)
-            del arrived, keys, found
+            del keys, found
         for chunk, q_grad in q_grads.items():
             job.results[chunk] = [q_grad, *job.results.get(chunk, [])]
         shapes = {}

@@ -57,15 +57,15 @@ def _pieces(count: int, yields: int, log: list[str]) -> list[Iterator[None]]:
 
 def test_pieces_take_turns() -> None:
     log: list[str] = []
-    take_turns(_pieces(1, 2, log), 2)
+    take_turns(_pieces(1, 2, log))
     assert log == ["a0", "a1", "a2"]
     log.clear()
-    take_turns(_pieces(3, 3, log), 2)
-    assert log == ["a0", "a1", "b0", "a2", "b1", "a3", "c0", "b2", "c1", "b3", "c2", "c3"]
-    for count, lead in ((2, 9), (5, 1)):  # also where the first is done before the second begins
+    take_turns(_pieces(3, 3, log))
+    assert log == ["a0", "b0", "a1", "b1", "a2", "b2", "a3", "c0", "b3", "c1", "c2", "c3"]
+    for count, yields in ((2, 0), (5, 1), (5, 2)):  # also where the first is done before the second begins
         log.clear()
-        take_turns(_pieces(count, 3, log), lead)
-        assert sorted(log) == sorted(f"{name}{i}" for name in "abcde"[:count] for i in range(4))
+        take_turns(_pieces(count, yields, log))
+        assert sorted(log) == sorted(f"{name}{i}" for name in "abcde"[:count] for i in range(yields + 1))
 
 
 def _in_groups(pairs: int) -> None:
