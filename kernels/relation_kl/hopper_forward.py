@@ -15,7 +15,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_common import HALF_ROWS, MASKED, ROWS, exponent, logits, names_of, own_logits, span, visible_pairs
+from .hopper_common import (
+    HALF_ROWS,
+    MASKED,
+    ROWS,
+    bounds_of,
+    exponent,
+    last_keys,
+    logits,
+    names_of,
+    own_logits,
+    span,
+    visible_pairs,
+)
 from .segment_kernels import ALIKE
 
 # Sums relative to the own logit that are larger are kept as minus their logarithm.
@@ -216,7 +228,9 @@ def forward_kernel(
     head = sequence % heads
     start = tile * ROWS
     segments += batch.to(gl.int64) * seq_len
-    last, count, full, kind = span(bounds, tile, tiles, batch, keys_end, N, SEGMENTS, VISIT)
+    last = last_keys(tile, keys_end, N, VISIT)
+    lo, lo_full, kind = bounds_of(bounds, tile, tiles, batch, SEGMENTS)
+    count, full = span(last, lo, lo_full, N, VISIT)
     own = start
     if VISIT:
         own = start - first_row
