@@ -96,7 +96,7 @@ def _backward_fetch(
     tiles = gl.cdiv(seq_len, ROWS)
     fetched = gl.to_tensor(0)
     done = gl.to_tensor(0)
-    number = gl.atomic_add(progress, 1)
+    number = gl.atomic_add(progress, 1, sem="relaxed")
     while number < items:
         place = number
         part = 0
@@ -143,7 +143,7 @@ def _backward_fetch(
             _fetch_keys(k_s, k_t, at, fetched, ring_s, ring_t, ready_s, ready_t, free_s, free_t, N, D)
             fetched += 1
         done += 1
-        number = gl.where(done < most, gl.atomic_add(progress, 1, mask=done < most), items)
+        number = gl.where(done < most, gl.atomic_add(progress, 1, mask=done < most, sem="relaxed"), items)
     mbarrier.wait(taken, (done & 1) ^ 1)
     post(box, posted, 0, 0, 0, 0, 0, 0, 0, 0)
 
