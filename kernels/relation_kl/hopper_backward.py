@@ -109,7 +109,7 @@ def _backward_fetch(
         head = sequence % heads
         key_head = head // group
         last = last_keys(tile, keys_end, N, VISIT)
-        lo, lo_full, kind = bounds_of(bounds, tile, tiles, batch, SEGMENTS)
+        lo, lo_full, kind = bounds_of(bounds + (batch * tiles + tile) * 5, SEGMENTS)
         first = tile * ROWS
         begin = 0
         count = 1  # enough for the first tile of keys, but in a visit

@@ -107,17 +107,16 @@ def last_keys(tile, keys_end, N: gl.constexpr, VISIT: gl.constexpr):
 
 
 @gluon.jit
-def bounds_of(bounds, tile, tiles, batch, SEGMENTS: gl.constexpr):
-    """(lo, lo_full, what the rows are) of `segment_kernels.tile_bounds`. They take a microsecond to come, which passes
-    beside whatever lies between this and their first use."""
+def bounds_of(bounds, SEGMENTS: gl.constexpr):
+    """(lo, lo_full, what the rows are) of `segment_kernels.tile_bounds`, of which bounds points to one row tile's. They
+    take a microsecond to come, which passes beside whatever lies between this and their first use."""
     lo = 0
     lo_full = 0
     kind = 0
     if SEGMENTS:
-        place = (batch * tiles + tile) * 5
-        lo = gl.load(bounds + place)
-        lo_full = gl.load(bounds + place + 1)
-        kind = gl.load(bounds + place + 4)
+        lo = gl.load(bounds)
+        lo_full = gl.load(bounds + 1)
+        kind = gl.load(bounds + 4)
     return lo, lo_full, kind
 
 

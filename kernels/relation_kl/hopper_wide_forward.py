@@ -244,7 +244,7 @@ def wide_forward_kernel(
     start = tile * ROWS
     segments += batch.to(gl.int64) * seq_len
     last = last_keys(tile, seq_len, N, False)
-    lo, lo_full, kind = bounds_of(bounds, tile, tiles, batch, SEGMENTS)
+    lo, lo_full, kind = bounds_of(bounds + (batch * tiles + tile) * 5, SEGMENTS)
     count, full = span(last, lo, lo_full, N, False)
 
     own_s = gl.allocate_shared_memory(dtype, [2, 1, 1, HALF_ROWS, D], q_s.layout)
