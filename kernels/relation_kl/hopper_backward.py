@@ -19,7 +19,10 @@ from .hopper_common import (
     HALF_ROWS,
     ROWS,
     barrier,
+    bounds_of,
+    clear_padding,
     exponent,
+    last_keys,
     logits,
     names_of,
     own_logits,
@@ -35,21 +38,6 @@ _INTEGERS = [
     *("heads", "group", "together", "own_tiles", "items", "most", "sequences"),
     *("seq_len", "first_row", "keys_end", "whole", "parts"),
 ]
-
-
-@gluon.jit
-def clear_padding(tile, segments, start, seq_len):
-    """Set the tokens of padding of a tile [R, D] in shared memory to 0: they may hold anything, NaN included."""
-    R: gl.constexpr = tile.shape[0]
-    D: gl.constexpr = tile.shape[1]
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
-    names = names_of(segments, start + gl.arange(0, R, gl.SliceLayout(1, LAYOUT)), seq_len, False)
-    # However they are swizzled, 64 channels of a token are 128 bytes side by side.
-    lines = tile._reinterpret(gl.int32, [D // 64, R, 32], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-    for panel in range(D // 64):
-        x = lines.index(panel).load(LAYOUT)
-        lines.index(panel).store(gl.where((names >= 0)[:, None], x, gl.zeros_like(x)))
-    fence_async_shared()
 
 
 @gluon.jit
@@ -83,6 +71,20 @@ def _turned(j, tile, begin, count, VISIT: gl.constexpr):
 
 
 @gluon.jit
+def _fetch_keys(
+    k_s, k_t, at, fetched, ring_s, ring_t, ready_s, ready_t, free_s, free_t, N: gl.constexpr, D: gl.constexpr
+):  # fmt: skip
+    """A tile of keys, the student's and the teacher's, after `fetched` others."""
+    slot = fetched % 2
+    mbarrier.wait(free_s.index(slot), ((fetched // 2) & 1) ^ 1)
+    mbarrier.expect(ready_s.index(slot), N * D * 2)
+    tma.async_copy_global_to_shared(k_s, at, ready_s.index(slot), ring_s.index(slot))
+    mbarrier.wait(free_t, (fetched & 1) ^ 1)
+    mbarrier.expect(ready_t, N * D * 2)
+    tma.async_copy_global_to_shared(k_t, at, ready_t, ring_t.index(0))
+
+
+@gluon.jit
 def _backward_fetch(
     q_s, k_s, q_t, k_t, bounds, progress, heads, group, together, own_tiles, items, most, seq_len, first_row, keys_end,
     whole, parts, box, posted, taken, own, own_ready, ring_s, ring_t, ready_s, ready_t, free_s, free_t,
@@ -94,7 +96,7 @@ def _backward_fetch(
     tiles = gl.cdiv(seq_len, ROWS)
     fetched = gl.to_tensor(0)
     done = gl.to_tensor(0)
-    number = gl.atomic_add(progress, 1)
+    number = gl.atomic_add(progress, 1, sem="relaxed")
     while number < items:
         place = number
         part = 0
@@ -106,38 +108,44 @@ def _backward_fetch(
         batch = sequence // heads
         head = sequence % heads
         key_head = head // group
-        last, count, full, kind = span(bounds, tile, tiles, batch, keys_end, N, SEGMENTS, VISIT)
+        last = last_keys(tile, keys_end, N, VISIT)
+        lo, lo_full, kind = bounds_of(bounds + (batch * tiles + tile) * 5, SEGMENTS)
         first = tile * ROWS
         begin = 0
+        count = 1  # enough for the first tile of keys, but in a visit
         if VISIT:
             first -= first_row
+            count, full = span(last, lo, lo_full, N, VISIT)
             begin = gl.where(number >= whole, count * part // parts, 0)
             count = gl.where(number >= whole, count * (part + 1) // parts, count) - begin
-        else:
+        at = [batch, key_head, last - _turned(0, tile, begin, count, VISIT) * N, 0]
+        _fetch_keys(k_s, k_t, at, fetched, ring_s, ring_t, ready_s, ready_t, free_s, free_t, N, D)
+        fetched += 1
+        mbarrier.wait(taken, (done & 1) ^ 1)
+        if not VISIT:
+            # Behind that wait: before it ptxas would have the teacher's keys wait for the bounds, too.
+            count, full = span(last, lo, lo_full, N, VISIT)
+        post(box, posted, batch, head, key_head, tile, last, count, full * 4 + kind, begin)
+        if not VISIT:
+            # While the keys come, but before arriving at own_ready: whoever has the rows adds to the gradient.
             wait_zeroed(progress + 2 + sequence // group, own_tiles)
-        post(box, posted, taken, (done & 1) ^ 1, batch, head, key_head, tile, last, count, full * 4 + kind, begin)
-        for j in range(count):
+        # The last row tile is done with its rows as soon as it is with its last keys; the useless teacher's product
+        # after those may read what comes.
+        before = fetched - 2
+        mbarrier.wait(free_s.index(fetched % 2), (before // 2) & 1, pred=before >= 0)
+        mbarrier.expect(own_ready, 2 * ROWS * D * 2)
+        for i in gl.static_range(2):
+            here = [batch, head, first + i * HALF_ROWS, 0]
+            tma.async_copy_global_to_shared(q_s, here, own_ready, own.index(i))
+            tma.async_copy_global_to_shared(q_t, here, own_ready, own.index(2 + i))
+        for j in range(1, count):
             at = [batch, key_head, last - _turned(j, tile, begin, count, VISIT) * N, 0]
-            slot = fetched % 2
-            mbarrier.wait(free_s.index(slot), ((fetched // 2) & 1) ^ 1)
-            mbarrier.expect(ready_s.index(slot), N * D * 2)
-            tma.async_copy_global_to_shared(k_s, at, ready_s.index(slot), ring_s.index(slot))
-            mbarrier.wait(free_t, (fetched & 1) ^ 1)
-            mbarrier.expect(ready_t, N * D * 2)
-            tma.async_copy_global_to_shared(k_t, at, ready_t, ring_t.index(0))
+            _fetch_keys(k_s, k_t, at, fetched, ring_s, ring_t, ready_s, ready_t, free_s, free_t, N, D)
             fetched += 1
-            # The last row tile is done with its rows as soon as it is with its last keys; the useless teacher's product
-            # after those may read what comes.
-            before = fetched - 2
-            mbarrier.wait(free_s.index(slot ^ 1), (before // 2) & 1, pred=(j == 0) & (before >= 0))
-            mbarrier.expect(own_ready, 2 * ROWS * D * 2, pred=j == 0)
-            for i in gl.static_range(2):
-                here = [batch, head, first + i * HALF_ROWS, 0]
-                tma.async_copy_global_to_shared(q_s, here, own_ready, own.index(i), pred=j == 0)
-                tma.async_copy_global_to_shared(q_t, here, own_ready, own.index(2 + i), pred=j == 0)
         done += 1
-        number = gl.where(done < most, gl.atomic_add(progress, 1, mask=done < most), items)
-    post(box, posted, taken, (done & 1) ^ 1, 0, 0, 0, 0, 0, 0, 0, 0)
+        number = gl.where(done < most, gl.atomic_add(progress, 1, mask=done < most, sem="relaxed"), items)
+    mbarrier.wait(taken, (done & 1) ^ 1)
+    post(box, posted, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 @gluon.jit

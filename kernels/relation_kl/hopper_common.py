@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma
 
 from .tiles import HOPPER_ROWS
 
@@ -43,6 +43,21 @@ def names_of(segments, tokens, seq_len, alike):
     """What segment each token is in: negative for padding and beyond the sequence. Where all are known to be alike,
     this is segment 0, and nothing is read that would have to be waited for."""
     return gl.load(segments + tokens, mask=(tokens < seq_len) & (alike == 0), other=gl.where(alike, 0, -1))
+
+
+@gluon.jit
+def clear_padding(tile, segments, start, seq_len):
+    """Set the tokens of padding of a tile [R, D] in shared memory to 0: they may hold anything, NaN included."""
+    R: gl.constexpr = tile.shape[0]
+    D: gl.constexpr = tile.shape[1]
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
+    names = names_of(segments, start + gl.arange(0, R, gl.SliceLayout(1, LAYOUT)), seq_len, False)
+    # However they are swizzled, 64 channels of a token are 128 bytes side by side.
+    lines = tile._reinterpret(gl.int32, [D // 64, R, 32], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    for panel in range(D // 64):
+        x = lines.index(panel).load(LAYOUT)
+        lines.index(panel).store(gl.where((names >= 0)[:, None], x, gl.zeros_like(x)))
+    fence_async_shared()
 
 
 @gluon.jit
@@ -82,36 +97,48 @@ def logits(x, y, none, K: gl.constexpr):
 
 
 @gluon.jit
-def span(bounds, tile, tiles, batch, keys_end, N: gl.constexpr, SEGMENTS: gl.constexpr, VISIT: gl.constexpr):
-    """(first token of the last tile of keys; tiles of keys to visit from there backwards, one at least; how many of
-    them, counted from there, need no mask but in the first; what the rows are, of `segment_kernels.tile_bounds`)."""
+def last_keys(tile, keys_end, N: gl.constexpr, VISIT: gl.constexpr):
+    """The first token of the last tile of keys that a row tile may see, from which it goes backwards."""
     # The compiler is to see that this is where the rows begin, for N = ROWS: half of the pairs need no work then.
     last = tile * ROWS + ROWS - N
     if VISIT:
         last = gl.minimum(last, gl.cdiv(keys_end, N) * N - N)
+    return last
+
+
+@gluon.jit
+def bounds_of(bounds, SEGMENTS: gl.constexpr):
+    """(lo, lo_full, what the rows are) of `segment_kernels.tile_bounds`, of which bounds points to one row tile's. They
+    take a microsecond to come, which passes beside whatever lies between this and their first use."""
     lo = 0
     lo_full = 0
     kind = 0
     if SEGMENTS:
-        place = (batch * tiles + tile) * 5
-        lo = gl.load(bounds + place)
-        lo_full = gl.load(bounds + place + 1)
-        kind = gl.load(bounds + place + 4)
-    count = gl.cdiv(last + N - lo, N)
-    if VISIT:
-        count = gl.maximum(count, 1)
-    return last, count, gl.maximum(gl.cdiv(last + N - lo_full, N), 1), kind
+        lo = gl.load(bounds)
+        lo_full = gl.load(bounds + 1)
+        kind = gl.load(bounds + 4)
+    return lo, lo_full, kind
 
 
 @gluon.jit
-def post(box, posted, taken, phase, batch, head, key_head, tile, last, count, full, begin):
-    """In backward, from the warp that fetches: tell both warpgroups of a row tile; a count of 0 is the end."""
+def span(last, lo, lo_full, N: gl.constexpr, VISIT: gl.constexpr):
+    """(tiles of keys to visit from the last one backwards, one at least; how many of them, counted from there, need no
+    mask but in the first)."""
+    count = gl.cdiv(last + N - lo, N)
+    if VISIT:
+        count = gl.maximum(count, 1)
+    return count, gl.maximum(gl.cdiv(last + N - lo_full, N), 1)
+
+
+@gluon.jit
+def post(box, posted, batch, head, key_head, tile, last, count, full, begin):
+    """In backward, from the warp that fetches, which has waited until the last box was `taken`: tell both warpgroups of
+    a row tile; a count of 0 is the end."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([8], [32], [1], [0])
     field = gl.arange(0, 8, LAYOUT)
     x = gl.where(field == 0, batch, gl.where(field == 1, head, gl.where(field == 2, key_head, tile)))
     x = gl.where(field == 4, last, gl.where(field == 5, count, gl.where(field == 6, full, x)))
     x = gl.where(field == 7, begin, x)
-    mbarrier.wait(taken, phase)
     box.store(x)
     barrier()
     mbarrier.arrive(posted)

@@ -15,7 +15,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_common import HALF_ROWS, MASKED, ROWS, exponent, logits, names_of, own_logits, span, visible_pairs
+from .hopper_common import (
+    HALF_ROWS,
+    MASKED,
+    ROWS,
+    bounds_of,
+    exponent,
+    last_keys,
+    logits,
+    names_of,
+    own_logits,
+    span,
+    visible_pairs,
+)
 from .segment_kernels import ALIKE
 
 # Sums relative to the own logit that are larger are kept as minus their logarithm.
@@ -45,29 +57,38 @@ def _relative_sum(total, excess):
 
 
 @gluon.jit
+def _fetch_keys(k, at, slot, phase, ring, ready, free, N: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr):
+    """A tile of keys for the next buffer; returns which one is next then."""
+    mbarrier.wait(free.index(slot), phase)
+    mbarrier.expect(ready.index(slot), N * D * 2)
+    tma.async_copy_global_to_shared(k, at, ready.index(slot), ring.index(slot))
+    return next_slot(slot, phase, SLOTS)
+
+
+@gluon.jit
 def _forward_fetch(
-    k_s, k_t, batch, key_head, last, count, ring, ready, free,
-    N: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
+    k_s, k_t, bounds, batch, key_head, last, ring, ready, free,
+    N: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, SEGMENTS: gl.constexpr, VISIT: gl.constexpr,
 ):  # fmt: skip
     """Fetch the tiles of keys, the student's and the teacher's in turn, in the order in which they are used."""
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(1)
-    for j in range(count):
+    # The last tile of keys is visited whatever the bounds are. Were they read before, the teacher's would wait too.
+    at = [batch, key_head, last, 0]
+    slot, phase = _fetch_keys(k_s, at, slot, phase, ring, ready, free, N, D, SLOTS)
+    slot, phase = _fetch_keys(k_t, at, slot, phase, ring, ready, free, N, D, SLOTS)
+    lo, lo_full, _ = bounds_of(bounds, SEGMENTS)
+    count, _ = span(last, lo, lo_full, N, VISIT)
+    for j in range(1, count):
         at = [batch, key_head, last - j * N, 0]
-        mbarrier.wait(free.index(slot), phase)
-        mbarrier.expect(ready.index(slot), N * D * 2)
-        tma.async_copy_global_to_shared(k_s, at, ready.index(slot), ring.index(slot))
-        slot, phase = next_slot(slot, phase, SLOTS)
-        mbarrier.wait(free.index(slot), phase)
-        mbarrier.expect(ready.index(slot), N * D * 2)
-        tma.async_copy_global_to_shared(k_t, at, ready.index(slot), ring.index(slot))
-        slot, phase = next_slot(slot, phase, SLOTS)
+        slot, phase = _fetch_keys(k_s, at, slot, phase, ring, ready, free, N, D, SLOTS)
+        slot, phase = _fetch_keys(k_t, at, slot, phase, ring, ready, free, N, D, SLOTS)
 
 
 @gluon.jit
 def _forward_rows(
-    segments, kl, pivot_s, pivot_t, sum_s, sum_t, flags, sequence, tile_start, last, count, full, seq_len,
-    first_row, keys_end, kind, log2_scale, own_s, own_t, own_ready, ring, ready, free,
+    segments, bounds, kl, pivot_s, pivot_t, sum_s, sum_t, flags, sequence, tile_start, last, seq_len,
+    first_row, keys_end, log2_scale, own_s, own_t, own_ready, ring, ready, free,
     HALF: gl.constexpr, N: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SLOTS: gl.constexpr, SEGMENTS: gl.constexpr,
     VISIT: gl.constexpr,
 ):  # fmt: skip
@@ -77,6 +98,7 @@ def _forward_rows(
     overflow one: then the flag is raised, and another kernel does the rows again with a running maximum. In a visit
     the pivots are given.
     """
+    lo, lo_full, kind = bounds_of(bounds, SEGMENTS)
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     OF_ROWS: gl.constexpr = gl.SliceLayout(1, mma)
     OF_KEYS: gl.constexpr = gl.SliceLayout(0, mma)
@@ -91,6 +113,11 @@ def _forward_rows(
     # The tile on the diagonal
     mbarrier.wait(own_ready, 0)
     mbarrier.wait(ready.index(slot_s), phase_s)
+    # The bounds have come beside the first tiles.
+    count, full = span(last, lo, lo_full, N, VISIT)
+    # Together they take one register less beside the tile on the diagonal.
+    full_and_kind = full * 4 + kind
+    kind = full_and_kind & 3
     y = ring.index(slot_s).reshape([N, D])
     s = logits(x_s, y, none, K)
     mbarrier.wait(ready.index(slot_t), phase_t)
@@ -125,6 +152,7 @@ def _forward_rows(
     mbarrier.wait(ready.index(slot_s), phase_s, pred=count > 1)
     y = ring.index(slot_s).reshape([N, D])
     s = warpgroup_mma_wait(0, deps=[logits(x_s, y, none, K)])
+    full = full_and_kind >> 2
     for j in range(1, full):
         slot_t, phase_t = next_slot(slot_s, phase_s, SLOTS)
         mbarrier.wait(ready.index(slot_t), phase_t)
@@ -216,7 +244,8 @@ def forward_kernel(
     head = sequence % heads
     start = tile * ROWS
     segments += batch.to(gl.int64) * seq_len
-    last, count, full, kind = span(bounds, tile, tiles, batch, keys_end, N, SEGMENTS, VISIT)
+    last = last_keys(tile, keys_end, N, VISIT)
+    bounds += (batch * tiles + tile) * 5
     own = start
     if VISIT:
         own = start - first_row
@@ -241,16 +270,18 @@ def forward_kernel(
     gl.warp_specialize(
         [
             (_forward_rows, (
-                segments, kl, pivot_s, pivot_t, sum_s, sum_t, flags, sequence, start, last, count, full, seq_len,
-                first_row, keys_end, kind, log2_scale, own_s, own_t, own_ready, ring, ready, free,
+                segments, bounds, kl, pivot_s, pivot_t, sum_s, sum_t, flags, sequence, start, last, seq_len,
+                first_row, keys_end, log2_scale, own_s, own_t, own_ready, ring, ready, free,
                 0, N, D, K, SLOTS, SEGMENTS, VISIT,
             )),
             (_forward_rows, (
-                segments, kl, pivot_s, pivot_t, sum_s, sum_t, flags, sequence, start, last, count, full, seq_len,
-                first_row, keys_end, kind, log2_scale, own_s, own_t, own_ready, ring, ready, free,
+                segments, bounds, kl, pivot_s, pivot_t, sum_s, sum_t, flags, sequence, start, last, seq_len,
+                first_row, keys_end, log2_scale, own_s, own_t, own_ready, ring, ready, free,
                 1, N, D, K, SLOTS, SEGMENTS, VISIT,
             )),
-            (_forward_fetch, (k_s, k_t, batch, head // group, last, count, ring, ready, free, N, D, SLOTS)),
+            (_forward_fetch, (
+                k_s, k_t, bounds, batch, head // group, last, ring, ready, free, N, D, SLOTS, SEGMENTS, VISIT,
+            )),
         ],
         [4, 1],
         [240, 24],

@@ -63,7 +63,8 @@ def send(descriptor, batch, head, block, left, right, D: gl.constexpr):
 def wait_zeroed(zeroed, tiles):
     """Wait until all tiles of a gradient are 0, by their counter.
 
-    They were stored as ordinary numbers are; the fence is for TMA, which is to add to them.
+    They were stored as ordinary numbers are; the fence is for TMA, which is to add to them. That may be another warp's,
+    of the same program, if it waits for a barrier at which this one arrives afterwards.
     """
     gl.inline_asm_elementwise(
         "{ .reg .pred done; .reg .b32 count; waitLoop: ld.acquire.gpu.global.b32 count, [$1];"
@@ -90,7 +91,8 @@ def set_to_zero(sums, progress, sequences, own_tiles, tokens, D: gl.constexpr, W
     numbers = gl.arange(0, AT_ONCE, LAYOUT)
     blocks = gl.cdiv(tokens, 64)
     ticket = gl.atomic_add(progress + 1, 1, sem="relaxed")
-    while ticket < sequences * own_tiles:
+    # Not compared with the product of both: it would be kept in a register for the whole kernel.
+    while ticket // own_tiles < sequences:
         sequence = ticket // own_tiles
         block = ticket % own_tiles * 2
         place = sums + (sequence * blocks + block).to(gl.int64) * 64 * D + numbers

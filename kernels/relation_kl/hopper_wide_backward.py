@@ -22,8 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_backward import clear_padding
-from .hopper_common import HALF_ROWS, ROWS, barrier, logits, names_of
+from .hopper_common import HALF_ROWS, ROWS, barrier, clear_padding, logits, names_of
 from .segment_kernels import ALIKE, PADDED
 
 

@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_common import HALF_ROWS, MASKED, ROWS, exponent, names_of, span, visible_pairs
+from .hopper_common import HALF_ROWS, MASKED, ROWS, bounds_of, exponent, last_keys, names_of, span, visible_pairs
 from .hopper_forward import next_slot, partial_sum
 from .segment_kernels import ALIKE
 
@@ -243,7 +243,9 @@ def wide_forward_kernel(
     head = sequence % heads
     start = tile * ROWS
     segments += batch.to(gl.int64) * seq_len
-    last, count, full, kind = span(bounds, tile, tiles, batch, seq_len, N, SEGMENTS, False)
+    last = last_keys(tile, seq_len, N, False)
+    lo, lo_full, kind = bounds_of(bounds + (batch * tiles + tile) * 5, SEGMENTS)
+    count, full = span(last, lo, lo_full, N, False)
 
     own_s = gl.allocate_shared_memory(dtype, [2, 1, 1, HALF_ROWS, D], q_s.layout)
     own_t = gl.allocate_shared_memory(dtype, [2, 1, 1, HALF_ROWS, D], q_t.layout)

@@ -48,7 +48,8 @@ def forward(operands: Operands, softmax_scale: float, segment_ids: Tensor | None
 
     From the general kernels, and from the Hopper ones for more than 128 channels, that is the maximum of each row's
     logits, of student and of teacher, in units of log 2, and 1 / sum of the exponentials, of both; from the other
-    Hopper ones see `triton_kernels.relative_sum`, of both.
+    Hopper ones see `triton_kernels.relative_sum`, of both; with segment_ids those hand on their tiles' bounds,
+    which are int32, and the same in backward (`segment_kernels.tile_bounds`).
     """
     q, k = operands.student_q, operands.student_k
     batch, heads, seq_len, _ = q.shape
@@ -61,7 +62,7 @@ def forward(operands: Operands, softmax_scale: float, segment_ids: Tensor | None
         with on_device_of(q):
             kl, sum_s, sum_t, flags = hopper_backend.forward(operands, softmax_scale, pipeline, segments)
         forward_again(operands, softmax_scale, segments, flags, kl, sum_s, sum_t)
-        return kl, (sum_s, sum_t)
+        return kl, (sum_s, sum_t) if segments is None else (sum_s, sum_t, segments[1])
 
     wide = wide_pipeline_of(operands)
     if wide is not None:
@@ -162,15 +163,16 @@ def backward(
     g = g.contiguous()
     names = _names(segment_ids)
     wide = wide_pipeline_of(operands)
-    if unit is not None and (wide is not None or len(statistics) == 2):  # the general kernels do it themselves
+    of_hopper = len(statistics) < 4
+    if unit is not None and (wide is not None or of_hopper):  # the general kernels do it themselves
         g, unit = g * BOOST, unit / BOOST
-    if len(statistics) == 2:
+    if of_hopper:
         from . import hopper_backend
 
         pipeline = _pick(q[0])
         assert pipeline is not None
-        sum_s, sum_t = statistics
-        segments = _segments(names, HOPPER_ROWS, pipeline.block_n)
+        sum_s, sum_t, *bounds = statistics
+        segments = None if names is None else (names, bounds[0])
         with on_device_of(q[0]):
             return hopper_backend.backward(operands, softmax_scale, pipeline, segments, sum_s, sum_t, g, unit)
     if wide is not None:
