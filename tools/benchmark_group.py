@@ -6,7 +6,8 @@ For each length: the whole on one GPU (the others wait), then on all P ranks in 
 `relation_kl(..., group=...)`; `at once`: `relation_kl_value_and_grad`, as the trainer calls it) and in mode `heads`
 (whole sequences of heads / P). `heads+exchange` has the all-to-all of student, teacher and gradient too, which a caller
 pays whose tensors are sharded along the sequence; the trainer's are not: Ulysses has exchanged them for attention. A
-sample is the slowest rank's, all started together, modes in turns; medians are shown.
+sample is the slowest rank's, all started together, modes in turns; medians are shown. With --head-groups the modes
+`sequence` come a second time for each number of groups of heads.
 
 efficiency: time on one GPU / (P x time on P). sent: MiB that the busiest rank sends in a forward and backward.
 transfers: the same exchanges with nothing computed between them, in ms; computation: the same visits with nothing
@@ -33,7 +34,7 @@ import numpy as np
 import relation_kl as rk
 import torch
 import torch.distributed as dist
-from relation_kl import chunk_plan, exchanges, torch_visit
+from relation_kl import exchanges, head_group, torch_visit
 from relation_kl.torch_visit import State
 from torch import Tensor
 
@@ -53,7 +54,7 @@ COLUMNS = (
         "commit",
     ),
 )
-LAYOUT = "{:>7} {:>4} {:17} {:>5} {:>26} {:>10} {:>9} {:>12} {:>14} {:>7} {:>9}"
+LAYOUT = "{:>7} {:>4} {:26} {:>5} {:>26} {:>10} {:>9} {:>12} {:>14} {:>7} {:>9}"
 TITLES = ("tokens", "dim", "mode", "ranks", "forward+backward ms", "efficiency", "sent MiB", "transfers ms")
 TITLES += ("computation ms", "hidden", "peak MiB")
 GATE_LENGTH, GATE_HEADS = 300, 4  # of a shard
@@ -115,6 +116,10 @@ def _measure(options: Namespace, dtype: torch.dtype, seq_len: int, head_dim: int
     modes = ["one", "sequence", "sequence at once"]
     modes += ["heads", "heads+exchange"] if options.heads % ranks == 0 else []
     cases = {mode: _case(mode, options, dtype, seq_len, head_dim, group) for mode in modes}
+    for groups in options.head_groups:
+        for mode in ("sequence", "sequence at once"):
+            call, returned = cases[mode]
+            cases[f"{mode}, {groups} groups"] = _in_groups(call, options.heads // groups), returned
     calls = {mode: call for mode, (call, _) in cases.items()}
     times = _times(calls, options)
     found, single = [], float(np.median(times["one"]))
@@ -169,6 +174,19 @@ def _case(
 
     calls = {"heads+exchange": exchanged, "sequence at once": at_once}
     return calls.get(mode, forward_backward), student.nbytes
+
+
+def _in_groups(call: Callable[[], None], each: int) -> Callable[[], None]:
+    """The call with so many heads in a group."""
+
+    def groups(heads: int, key_heads: int, batch: int, rows: int) -> list[tuple[slice, slice]]:
+        return [(slice(i, i + each), slice(i, i + each)) for i in range(0, heads, each)]
+
+    def called() -> None:
+        with patch.object(head_group, "head_groups", groups):
+            call()
+
+    return called
 
 
 def _times(calls: dict[str, Callable[[], None]], options: Namespace) -> dict[str, list[float]]:
@@ -277,12 +295,16 @@ def _gate(options: Namespace, dtype: torch.dtype, head_dim: int) -> bool:
             rows = rk.reference.relation_kl(leaf, y.to(kind), segment_ids=ids)
             dense.append([rows.detach(), *torch.autograd.grad(rows, [leaf], g.to(rows.dtype))])
         # All heads at once, as such a length has them, and each by itself, as long ones have a few.
-        for heads, pairs in (("all heads", 2**62), ("each head", 1)):
-            with patch.object(chunk_plan, "_VISIT_PAIRS", pairs), patch.object(chunk_plan, "_LEAST_GROUPS", 1):
-                got = rk.relation_kl_value_and_grad(
+        for heads, each in (("all heads", GATE_HEADS), ("each head", 1)):
+            got: list[Any] = []
+
+            def run(got: list[Any] = got, ids: Tensor | None = ids) -> None:
+                got += rk.relation_kl_value_and_grad(
                     x[:, :, mine], y[:, :, mine], g[:, :, mine], segment_ids=None if ids is None else ids[:, mine],
                     group=dist.group.WORLD, backend=options.backend,
                 )  # fmt: skip
+
+            _in_groups(run, each)()
             for what, a, b, c in zip(("rows", "grad"), got, *dense, strict=True):
                 b, c = b[:, :, mine].double(), c[:, :, mine]
                 error, budget = (float((z.double() - c).norm() / c.norm()) for z in (a, b))

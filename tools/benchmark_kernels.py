@@ -389,6 +389,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--batch", type=positive, default=1, metavar="N")
     add("--heads", type=positive, default=32, metavar="N")
     add("--kv-heads", type=positive, metavar="N", help="key heads of attention_kl (a quarter of --heads)")
+    add("--head-groups", type=list_of(positive), default=[], metavar="N,N", help="over several processes, see there")
     add("--dtype", choices=DTYPES, default="bf16")
     add("--segments", type=list_of(_segments), default="one,windows:4096,documents:64", metavar="KIND,KIND")
     add("--providers", type=list_of(_provider), default=",".join(PROVIDERS), metavar="NAME,NAME")
@@ -404,6 +405,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.kv_heads = options.kv_heads or max(1, options.heads // 4)
     if options.heads % options.kv_heads != 0:
         raise UserError(f"--kv-heads: {options.kv_heads} does not divide --heads {options.heads}; name a divisor")
+    for groups in options.head_groups:
+        if options.heads % groups != 0:
+            raise UserError(f"--head-groups: {groups} does not divide --heads {options.heads}; name a divisor")
     for each in options.segments:
         if each.kind == "documents" and each.number > min(options.lengths):
             raise UserError(f"--segments: {each} has more documents than {min(options.lengths)} tokens; name fewer")
