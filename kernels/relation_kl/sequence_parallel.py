@@ -171,9 +171,10 @@ class SequenceParallel:
             if keep and step in steps[-2:]:
                 job.held[step] = keys
             del keys
-        for each in job.rows:  # what saw nothing is padding
-            state = states.setdefault(each.chunk, State.start(each.numbers[0], each.numbers[1]))
-            job.results[each.chunk] = [state.rows(each.ids)]
+        for each in job.rows:
+            if each.chunk not in states:  # padding
+                states[each.chunk] = State.start(each.numbers[0], each.numbers[1])
+            job.results[each.chunk] = [states[each.chunk].rows(each.ids)]
         return {chunk: state.statistics() for chunk, state in states.items()}
 
     def _backward(
