@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 from pathlib import Path
@@ -15,7 +16,7 @@ from relation_kl import cost_model
 
 from linearard import cluster, costs, plan, relation_mode
 from linearard import config as configuration
-from linearard.cluster import Cluster
+from linearard.cluster import GPUS, Cluster
 from linearard.config import ClusterConfig, Config
 from linearard.costs import Dimensions
 from linearard.relation_mode import HEADS, SEQUENCE, WINDOWS, RelationShape, pick
@@ -64,6 +65,23 @@ def test_auto_is_heads_inside_ulysses(size: int, window: int) -> None:
         waits = [relation_mode.waiting_seconds(mode, spread, "kk", link, 500.0) for mode in (HEADS, SEQUENCE)]
         assert 0 == waits[0] < waits[1]
         assert "0.00 ms in mode heads" in found.why and f"{size} ranks" in found.why
+
+
+def test_auto_is_heads_on_slow_gpus_and_for_any_shape() -> None:
+    """Where everything is hidden, too, mode sequence is not free: what it copies and adds up is not."""
+    for name, size, tokens, heads, dim in itertools.product(
+        ("A100", "H100", "H200", "B200"), (2, 4, 8), (8192, 16384, 65536), (24, 28, 32), (64, 128)
+    ):
+        spread = RelationShape(tokens, tokens, size, heads, 4, dim)
+        for link in (360.0, 1e6):
+            on_it = Cluster(name, dataclasses.replace(GPUS[name], nvlink_gb_s=link), size, 8, "test")
+            tflops = GPUS[name].relation_tflops * tokens / (tokens + 975)
+            for relation in ("qq", "kk"):
+                assert pick("auto", spread, (relation,), on_it, tflops).name == HEADS
+                heads_wait, wait = (
+                    relation_mode.waiting_seconds(mode, spread, relation, on_it, tflops) for mode in (HEADS, SEQUENCE)
+                )
+                assert 0 == heads_wait < wait
 
 
 def test_auto_follows_the_cost_model(monkeypatch: pytest.MonkeyPatch) -> None:

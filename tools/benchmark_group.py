@@ -25,7 +25,8 @@ import time
 from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -57,6 +58,8 @@ COLUMNS = (
 LAYOUT = "{:>7} {:>4} {:26} {:>5} {:>26} {:>10} {:>9} {:>12} {:>14} {:>7} {:>9}"
 TITLES = ("tokens", "dim", "mode", "ranks", "forward+backward ms", "efficiency", "sent MiB", "transfers ms")
 TITLES += ("computation ms", "hidden", "peak MiB")
+Pool = dict[Any, deque[Tensor]]  # tensors by shape and type
+Timed = tuple[Callable[[], AbstractContextManager[None]], Callable[[], None]]  # a call, and within what it is made
 GATE_LENGTH, GATE_HEADS = 300, 4  # of a shard
 
 
@@ -120,8 +123,13 @@ def _measure(options: Namespace, dtype: torch.dtype, seq_len: int, head_dim: int
         for mode in ("sequence", "sequence at once"):
             call, returned = cases[mode]
             cases[f"{mode}, {groups} groups"] = _in_groups(call, options.heads // groups), returned
-    calls = {mode: call for mode, (call, _) in cases.items()}
-    times = _times(calls, options)
+    timed: dict[str, Timed] = {mode: (nullcontext, call) for mode, (call, _) in cases.items()}
+    random: Pool = {}
+    for mode, (call, _) in cases.items():
+        if mode.startswith("sequence"):
+            timed[f"{mode}: transfers"] = (_transfers_only, call)
+            timed[f"{mode}: computation"] = (partial(_computation_only, random), call)
+    times = _times(timed, options)
     found, single = [], float(np.median(times["one"]))
     for mode, (call, returned) in cases.items():
         with _counting() as sent:
@@ -134,10 +142,7 @@ def _measure(options: Namespace, dtype: torch.dtype, seq_len: int, head_dim: int
         row: dict[str, Any] = {"mode": mode, "ranks": used, "median_ms": median, "p10_ms": p10, "p90_ms": p90}
         row |= {"samples": len(times[mode]), "efficiency": single / (used * median), "peak_mib": peak_mib}
         if mode.startswith("sequence"):
-            with _transfers_only():
-                transfers = float(np.median(_times({mode: call}, options)[mode]))
-            with _computation_only():
-                computation = float(np.median(_times({mode: call}, options)[mode]))
+            transfers, computation = (float(np.median(times[f"{mode}: {x}"])) for x in ("transfers", "computation"))
             row |= {"sent_mib": sent_mib, "transfers_ms": transfers, "computation_ms": computation}
             row["hidden"] = 1 - (median - computation) / transfers
         found.append(row)
@@ -189,29 +194,34 @@ def _in_groups(call: Callable[[], None], each: int) -> Callable[[], None]:
     return called
 
 
-def _times(calls: dict[str, Callable[[], None]], options: Namespace) -> dict[str, list[float]]:
+def _times(calls: dict[str, Timed], options: Namespace) -> dict[str, list[float]]:
     """Milliseconds of the slowest rank, all started together, once warm; the calls in turns."""
     on_gpu = options.device.type == "cuda"
     samples = options.repeats or (8 if on_gpu else 2)
     times = torch.zeros(samples + 1, len(calls), device=options.device)
     for i in range(samples + 1):
-        for j, call in enumerate(calls.values()):
+        for j, (within, call) in enumerate(calls.values()):
             dist.all_reduce(torch.zeros(1, device=options.device))
             if on_gpu:
                 torch.cuda.synchronize()
-                dist.barrier()
-                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                start.record()
-                call()
-                end.record()
-                end.synchronize()
-                times[i, j] = start.elapsed_time(end)
-            else:
-                begin = time.perf_counter()
-                call()
-                times[i, j] = (time.perf_counter() - begin) * 1e3
+            dist.barrier()
+            with within():
+                times[i, j] = _milliseconds(call, on_gpu)
     dist.all_reduce(times, dist.ReduceOp.MAX)
     return dict(zip(calls, times[1:].T.tolist(), strict=True))
+
+
+def _milliseconds(call: Callable[[], None], on_gpu: bool) -> float:
+    if not on_gpu:
+        begin = time.perf_counter()
+        call()
+        return (time.perf_counter() - begin) * 1e3
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
 
 
 def _peak(call: Callable[[], None], returned: int) -> float:
@@ -260,15 +270,12 @@ def _transfers_only() -> Iterator[None]:
 
 
 @contextmanager
-def _computation_only() -> Iterator[None]:
-    """Within: nothing is exchanged; what would come from other ranks is random."""
-
-    made: dict[Any, deque[Tensor]] = {}
+def _computation_only(made: Pool) -> Iterator[None]:
+    """Within: nothing is exchanged; what would come from other ranks is random, one of four tensors, in turn."""
 
     def random_like(x: Tensor) -> Tensor:
-        """One of four, in turn, so that to make them takes no time in the long run."""
         found = made.setdefault((x.shape, x.dtype), deque())
-        if len(found) < 4:
+        while len(found) < 4:  # at once, in the call that warms up
             found.append(torch.randn_like(x) if x.is_floating_point() else torch.zeros_like(x))
         found.rotate()
         return found[0]

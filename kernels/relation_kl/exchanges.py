@@ -103,9 +103,11 @@ class Exchanges:
         return found, start(operations)
 
     def send(self, x: Tensor, peer: int) -> dist.P2POp:
+        """What `start` is to start."""
         return dist.P2POp(dist.isend, x, group=self.group, group_peer=peer)
 
     def receive(self, x: Tensor, peer: int) -> dist.P2POp:
+        """What `start` is to start."""
         return dist.P2POp(dist.irecv, x, group=self.group, group_peer=peer)
 
 
@@ -127,7 +129,8 @@ class Returns:
         plan = self.exchanges.plan
         coming, going = plan.coming(step), plan.going(step)
         operations, incoming, chunk = [], None, 0
-        if coming is not None and found is not None:
+        if found is not None:
+            assert coming is not None, step
             operations.append(self.exchanges.send(found, coming[0]))
         if going is not None:
             worker, chunk = going

@@ -25,7 +25,9 @@ class Rows(NamedTuple):
     chunk: int
     q_s: Tensor  # [B, H, R, D]
     q_t: Tensor
-    numbers: Tensor  # [n, B, H, R]: the pivots of student and teacher in forward, the upstream gradient in backward
+    # [n, B, H, R]: in forward the pivots of student and teacher, and, where backward follows, the upstream gradient; in
+    # backward the upstream gradient.
+    numbers: Tensor
     ids: Tensor | None  # [B, R]
 
 
@@ -67,7 +69,7 @@ class Job:
             yield each.chunk, [each.q_s, each.q_t, *([] if each.ids is None else [each.ids])]
 
     def forget(self) -> None:
-        """Keys of this rank that its own rows do not see."""
+        """Lets go of this rank's keys that its own rows do not see; to be called when they have all been sent."""
         for chunk in self.plan.own:
             if not any(self.plan.sees[rows.chunk][chunk] for rows in self.own):
                 del self.keys[chunk]

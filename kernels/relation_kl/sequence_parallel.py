@@ -20,7 +20,7 @@ about as much; in between, where some have done more than others, it does not, f
 and holds multiprocessors meanwhile.
 
 Of each group a rank holds its own two chunks, the rows that it computes, two chunks of keys and, in backward, gradients
-of seven chunks at most: memory O(T), T the local length, whatever P is; and no more than two groups of heads at once.
+of eight chunks at most: memory O(T), T the local length, whatever P is; and no more than two groups of heads at once.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ class SequenceParallel:
         steps = job.plan.steps
         states: dict[int, State] = {}
 
-        def visit(keys: Chunk, chunk: int, rows: Sequence[Rows]) -> None:
+        def visit_all(keys: Chunk, chunk: int, rows: Sequence[Rows]) -> None:
             for each, visit in job.visits(keys, chunk, rows):
                 found = self.visits.forward(visit, scale, (each.numbers[0], each.numbers[1]))
                 if each.chunk in states:
@@ -159,15 +159,15 @@ class SequenceParallel:
                     states[each.chunk] = found
 
         for chunk, keys in job.keys.items():
-            visit(keys, chunk, job.own)
+            visit_all(keys, chunk, job.own)
         stream = job.exchanges.keys(steps, job.keys, {})
         yield
         wait(job.works)
         for chunk, keys in job.home():
-            visit(keys, chunk, job.foreign if chunk in job.keys else job.rows)
+            visit_all(keys, chunk, job.foreign if chunk in job.keys else job.rows)
         for step, chunk, keys in stream:
             if keys:
-                visit(keys, chunk, job.rows)
+                visit_all(keys, chunk, job.rows)
             if keep and step in steps[-2:]:
                 job.held[step] = keys
             del keys
@@ -204,40 +204,45 @@ class SequenceParallel:
             return torch.zeros(self.visits.gradient_shape(x), dtype=working(x), device=x.device)
 
         stream = job.exchanges.keys(plan.steps[::-1], job.keys, job.held)
-        # Of a self-relation the sum is wanted, also of another rank's rows and their keys.
+        # Of a self-relation the sum is wanted: of this rank's rows and keys, and of another's whose rows, and so keys,
+        # are here.
         both = operands.self_relation
         k_grads = {chunk: nothing_yet(job.keys[chunk][0]) for chunk in plan.own}
         q_grads = {x.chunk: k_grads[x.chunk] if both and x.chunk in k_grads else nothing_yet(x.q_s) for x in job.rows}
         known = q_grads | k_grads if both else k_grads
 
-        def visit(
-            keys: Chunk, chunk: int, rows: Sequence[Rows], k_grad: Tensor, of: Heads = (slice(None), slice(None))
-        ) -> None:
+        def visit_all(keys: Chunk, chunk: int, rows: Sequence[Rows], k_grad: Tensor, part: Heads | None = None) -> None:
             for each, visit in job.visits(keys, chunk, rows):
-                visit, (heads, key_heads) = visit.of_heads(*of), of
-                numbers = [x[:, heads].contiguous() for x in (*of_rows[each.chunk], each.numbers[0])]
-                q_grad = q_grads[each.chunk][:, heads]
-                self.visits.backward(visit, scale, numbers[:-1], numbers[-1], q_grad, k_grad[:, key_heads])
+                *statistics, upstream = (*of_rows[each.chunk], each.numbers[0])
+                q_grad, of_keys = q_grads[each.chunk], k_grad
+                if part is not None:
+                    heads, key_heads = part
+                    visit = visit.of_heads(heads, key_heads)
+                    *statistics, upstream = (x[:, heads].contiguous() for x in (*statistics, upstream))
+                    q_grad, of_keys = q_grad[:, heads], of_keys[:, key_heads]
+                self.visits.backward(visit, scale, statistics, upstream, q_grad, of_keys)
+
+        def visit_itself(parts: Sequence[Heads | None]) -> None:
+            for part in parts:
+                for chunk, keys in job.keys.items():
+                    visit_all(keys, chunk, job.own, k_grads[chunk], part)
 
         # Own rows and keys come last; but where rows are yet to come, half of the heads hide that.
-        early: list[Heads] = []
-        late: list[Heads] = [(slice(None), slice(None))]
+        last: Sequence[Heads | None] = [None]
         if values is None:
-            early, late = halves(q.shape[1], operands.student_k.shape[1])
-            for of in early:
-                for chunk, keys in job.keys.items():
-                    visit(keys, chunk, job.own, k_grads[chunk], of)
+            first, last = halves(q.shape[1], operands.student_k.shape[1])
+            visit_itself(first)
             yield
             wait(job.works)
         for chunk, keys in job.home():
-            visit(keys, chunk, job.foreign if chunk in job.keys else job.rows, known[chunk])
+            visit_all(keys, chunk, job.foreign if chunk in job.keys else job.rows, known[chunk])
         returns = Returns(job.exchanges, k_grads)
         for step, chunk, keys in stream:
             if step == plan.steps[0]:  # the last one: all are sent
                 job.forget()
             found = nothing_yet(keys[0]) if keys else None
             if found is not None:
-                visit(keys, chunk, job.rows, found)
+                visit_all(keys, chunk, job.rows, found)
             returns.send(step, found)
             del keys, found
         for chunk, q_grad in q_grads.items():
@@ -249,9 +254,8 @@ class SequenceParallel:
             shapes[chunk] = [k_grads[chunk].new_empty(1).expand(shape), *of_values]
         results, works = job.exchanges.results(job.results, shapes)
         job.foreign.clear()
-        for of in late:
-            for chunk, keys in job.keys.items():
-                visit(keys, chunk, job.own, k_grads[chunk], of)
+        visit_itself(last)
+        job.own.clear()
         job.keys.clear()
         yield
         returns.finish()

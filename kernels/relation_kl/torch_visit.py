@@ -204,7 +204,7 @@ def backward(
         statistics: m_s, m_t, l_s, l_t of the rows over all of their keys (`State.statistics`).
         row_grad: from `prepare`.
         q_grad: of `gradient_shape`, contiguous but for the first dimension, in the type `working` for the inputs'.
-        k_grad: as q_grad; the same for the chunk with itself in a self-relation.
+        k_grad: as q_grad; the same memory for the chunk with itself in a self-relation.
     """
     keys = visit.k_s.to(q_grad.dtype)
     if visit.key_ids is not None:

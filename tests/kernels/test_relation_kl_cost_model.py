@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 from relation_kl import cost_model as cost
 from relation_kl.exchanges import Exchanges
 
-FREE = cost.Machine(link_gb_s=1e12, launch_seconds=0.0, message_seconds=0.0)
+FREE = cost.Machine(link_gb_s=1e12, launch_seconds=0.0, message_seconds=0.0, memory_gb_s=1e12)
 SELF = cost.Relation(tokens=64, heads=2, key_heads=2, head_dim=8, element_size=4)
 ATTENTION = dataclasses.replace(SELF, heads=4, is_self=False)
 LONG = cost.Relation(tokens=2**17, heads=32, key_heads=32, head_dim=128)
@@ -97,8 +97,7 @@ def test_seconds_lie_between_compute_and_the_sum_of_all() -> None:
                 found = cost.sequence(LONG, ranks, machine, apart)
                 transfer = max(found.received, found.sent) / (machine.link_gb_s * 1e9)
                 launches = (2 * ranks + 1) * 2 * machine.launch_seconds + 4 * ranks * machine.message_seconds
-                assert max(found.compute, transfer / 2) <= found.seconds < found.compute + 2 * transfer + launches
-            assert found.seconds > found.compute, "apart, nothing hides the rows in backward"
+                assert max(found.compute, transfer / 2) < found.seconds < found.compute + 2 * transfer + launches
 
 
 def test_heads_inside_the_trainer_move_nothing_and_replicas_cost_bytes() -> None:
