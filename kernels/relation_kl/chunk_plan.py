@@ -97,6 +97,9 @@ def make_plan(operands: Operands, segment_ids: Tensor | None, group: Any) -> Pla
             gathered = list(torch.zeros(ranks, 1, dtype=torch.int64))
             dist.all_gather(gathered, torch.tensor([q.shape[2]]), group=group)
             _check_lengths([int(length) for length in gathered])
+        elif ranks > 1 and ranks % 2:
+            # The one in the middle computes its own rows only. NCCL wants all ranks in a group's first exchange.
+            dist.all_reduce(torch.zeros(1, device=q.device), group=group)
         sees = [[c <= r and lengths[c % 2] > 0 and lengths[r % 2] > 0 for c in chunks] for r in chunks]
     else:
         ranges = [id_range(part) for part in segment_ids.split(lengths[0], 1)]

@@ -258,6 +258,21 @@ def test_work_is_balanced(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(work) <= 1.1 * sum(work) / ranks
 
 
+def test_no_rank_is_missing_from_the_first_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, where lengths are not compared: with an odd number of ranks one has no rows to send or to receive."""
+    called: list[int] = []
+    x = torch.empty(1, 1, 64, 8, device="meta")
+    monkeypatch.setattr(dist, "get_rank", lambda group=None: 0)
+    monkeypatch.setattr(dist, "all_reduce", lambda *arguments, group=None: called.append(1))
+    for ranks in (2, 3, 4, 5):
+        monkeypatch.setattr(dist, "get_world_size", lambda group=None, ranks=ranks: ranks)
+        called.clear()
+        plan = chunk_plan.make_plan(Operands(x, x, x, x, True), None, None)
+        assert plan is not None
+        idle = [w for w, rows in enumerate(plan.rows) if sorted(rows) == [2 * w, 2 * w + 1]]
+        assert bool(idle) == bool(called) == (ranks % 2 == 1)
+
+
 def one_rank_dies() -> None:
     x = torch.randn(1, 2, 8, 8)
     if dist.get_rank() == 1:
