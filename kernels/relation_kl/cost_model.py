@@ -52,8 +52,7 @@ class Machine:
             (README.md).
         link_gb_s: of one rank's link, each direction. 127: NCCL over NVLink between two H200, with the 8 blocks of
             `nccl_options` (README.md); a 400 Gb/s link has 50 by its name.
-        launch_seconds: no visit of a chunk's rows to a chunk's keys is faster: some twenty launches of the host; not
-            measured.
+        launch_seconds: no visit of a chunk's rows to a chunk's keys is faster: the host's launches; not measured.
         message_seconds: before the first byte of a step arrives; not measured.
         memory_gb_s: of passes over buffers: shards cut into chunks, gradients zeroed, added up and cast. For 64K tokens
             on two H100 1.6 GB took 0.9 ms before the first visit, and 2.4 GB 0.8 ms at the end.

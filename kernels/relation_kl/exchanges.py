@@ -17,6 +17,8 @@ from torch import Tensor
 from .chunk_plan import Plan
 
 Step = tuple[int, int]  # (distance to the owner, which of its chunks); see `Plan.steps`
+# Steps whose keys are on their way or in use; `cost_model` counts on it.
+AT_ONCE = 2
 
 
 class Exchanges:
@@ -52,7 +54,7 @@ class Exchanges:
     def keys(
         self, steps: list[Step], own: dict[int, list[Tensor]], here: dict[Step, list[Tensor]]
     ) -> Iterator[tuple[Step, int, list[Tensor]]]:
-        """The keys of each step. Two steps' are sent for now; those of a later one when a step's are done with.
+        """The keys of each step. `AT_ONCE` steps' are sent for now; those of a later one when a step's are done with.
 
         Args:
             steps: of the plan, in any order, the same on all ranks.
@@ -76,10 +78,10 @@ class Exchanges:
                 operations += [self.send(x, going[0]) for x in own[going[1]]]
             return start(operations)
 
-        works = deque(begin(step) for step in steps[:2])
+        works = deque(begin(step) for step in steps[:AT_ONCE])
 
         def arriving() -> Iterator[tuple[Step, int, list[Tensor]]]:
-            for step, later in zip_longest(steps, steps[2:]):
+            for step, later in zip_longest(steps, steps[AT_ONCE:]):
                 wait(works.popleft())
                 _, chunk = plan.coming(step) or (-1, -1)
                 yield step, chunk, here.pop(step)

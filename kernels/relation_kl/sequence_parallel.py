@@ -34,7 +34,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .chunk_plan import Plan, make_plan
-from .exchanges import Exchanges, Returns, wait
+from .exchanges import AT_ONCE, Exchanges, Returns, wait
 from .head_group import Chunk, Heads, Job, Rows, by_heads, cut, empty_gradients, halves, of_heads
 from .torch_backend import Operands
 from .torch_visit import State, exactly, working
@@ -168,7 +168,7 @@ class SequenceParallel:
         for step, chunk, keys in stream:
             if keys:
                 visit_all(keys, chunk, job.rows)
-            if keep and step in steps[-2:]:
+            if keep and step in steps[-AT_ONCE:]:
                 job.held[step] = keys
             del keys
         for each in job.rows:

@@ -40,9 +40,9 @@ class Visit(NamedTuple):
 
     def of_heads(self, heads: slice, key_heads: slice) -> Visit:
         """Of some heads of the rows, and of their keys."""
-        rows = (x[:, heads].contiguous() for x in (self.q_s, self.q_t))
-        keys = (x[:, key_heads].contiguous() for x in (self.k_s, self.k_t))
-        return self._replace(**dict(zip(("q_s", "q_t", "k_s", "k_t"), (*rows, *keys), strict=True)))
+        q_s, q_t = (x[:, heads].contiguous() for x in (self.q_s, self.q_t))
+        k_s, k_t = (x[:, key_heads].contiguous() for x in (self.k_s, self.k_t))
+        return self._replace(q_s=q_s, q_t=q_t, k_s=k_s, k_t=k_t)
 
 
 @dataclass

@@ -184,17 +184,22 @@ def test_sharded_is_whole_in_triton(tmp_path: Path) -> None:
     spawn(2, check_in_triton, tmp_path)
 
 
-# Each with few kernels to compile, so that they can run side by side, and no rank waits long for another one's.
-ON_GPUS = pytest.mark.parametrize("key_heads", [None, 2])
-TYPES_ON_GPUS = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def on_gpus(test: Callable[..., None]) -> Callable[..., None]:
+    """A test over the GPUs of this machine, in several that have few kernels to compile each: they can run side by
+    side, and no rank waits long for another one's."""
+    found = torch.cuda.device_count()
+    for mark in (
+        pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32]),
+        pytest.mark.parametrize("key_heads", [None, 2]),
+        pytest.mark.skipif(found < 2, reason=f"needs two GPUs; this machine has {found}"),
+        pytest.mark.gpu,
+    ):
+        test = mark(test)
+    return test
 
 
-@pytest.mark.gpu
-@ON_GPUS
-@TYPES_ON_GPUS
+@on_gpus
 def test_sharded_is_whole_on_gpus(dtype: torch.dtype, key_heads: int | None, tmp_path: Path) -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip(f"needs two GPUs; this machine has {torch.cuda.device_count()}")
     spawn(torch.cuda.device_count(), check_on_gpus, tmp_path, dtype, key_heads)
 
 

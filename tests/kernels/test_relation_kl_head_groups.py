@@ -15,7 +15,7 @@ import torch.distributed as dist
 from relation_kl import chunk_plan
 from relation_kl.chunk_plan import head_groups
 from relation_kl.head_group import take_turns
-from test_relation_kl_group import ON_GPUS, TYPES_ON_GPUS, check, spawn
+from test_relation_kl_group import check, on_gpus, spawn
 from torch import Tensor
 
 
@@ -145,10 +145,6 @@ def groups_on_gpus(dtype: torch.dtype, key_heads: int | None) -> None:
             check(rank, ranks, dist.group.WORLD, dtype, key_heads, shard, kind, "triton", dim, device)
 
 
-@pytest.mark.gpu
-@ON_GPUS
-@TYPES_ON_GPUS
+@on_gpus
 def test_groups_on_gpus(dtype: torch.dtype, key_heads: int | None, tmp_path: Path) -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip(f"needs two GPUs; this machine has {torch.cuda.device_count()}")
     spawn(torch.cuda.device_count(), groups_on_gpus, tmp_path, dtype, key_heads)
