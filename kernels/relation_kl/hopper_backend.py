@@ -159,7 +159,7 @@ def backward(
 def gradient_shape(x: Tensor, pipeline: Pipeline) -> tuple[int, ...]:
     """Of the float32 buffer in which the gradient of x [B, H, T, D] is added up, in register order."""
     batch, heads, tokens, _ = x.shape
-    return batch, heads, -(-tokens // _HALF) * (pipeline.block_d // 4), 256
+    return batch, heads, -(-tokens // _HALF), pipeline.block_k // 4, 256
 
 
 def finish(grad: Tensor, factor: float, unit: Tensor | None, pipeline: Pipeline, out: Tensor) -> None:
@@ -175,7 +175,7 @@ def finish(grad: Tensor, factor: float, unit: Tensor | None, pipeline: Pipeline,
         tokens,
         out.stride(),
         factor,
-        **{"channels": channels, "D": pipeline.block_d, "NARROW": unit is not None},
+        **{"channels": channels, "D": pipeline.block_d, "K": pipeline.block_k, "NARROW": unit is not None},
         num_warps=4,
     )
 
@@ -310,12 +310,13 @@ def descriptors(operands: Operands, pipeline: Pipeline) -> tuple[TensorDescripto
 
 
 def _gradient_descriptor(grad: Tensor, pipeline: Pipeline) -> TensorDescriptor:
-    """Of a gradient in register order in blocks of half of the channels of 64 tokens."""
+    """Of a gradient in register order in blocks of half of block_d channels of 64 tokens; what lies beyond block_k is
+    not written."""
     return descriptor(grad, pipeline.block_d // 8, 256)
 
 
 def descriptor(x: Tensor, tokens: int, channels: int) -> TensorDescriptor:
-    """Of x [B, H, T, D] in blocks [1, 1, tokens, channels]; what lies beyond T and D reads as 0."""
+    """Of x [..., T, D] in blocks [..., tokens, channels], 1 in the others; what lies beyond T and D reads as 0."""
     blank = _blank_descriptor(x.shape, x.stride(), x.dtype, tokens, channels)
     made = TensorDescriptor.__new__(TensorDescriptor)
     made.__dict__.update(blank.__dict__, base=x)
@@ -327,11 +328,11 @@ def _blank_descriptor(
     shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, tokens: int, channels: int
 ) -> TensorDescriptor:
     """Of an empty tensor: to make and to check one takes the host as long as to launch a kernel."""
-    block = [1, 1, tokens, channels]
+    block = [*[1] * (len(shape) - 2), tokens, channels]
     # The stride of a dimension of 1 is never used, but TMA wants it at a multiple of 16 bytes too.
-    outer = [stride if size > 1 else 64 for size, stride in zip(shape[:3], strides[:3], strict=True)]
+    outer = [stride if size > 1 else 64 for size, stride in zip(shape[:-1], strides[:-1], strict=True)]
     if dtype == torch.float32:  # in register order: what is neighbouring stays so
-        layout: Any = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=4)
+        layout: Any = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=len(shape))
     else:
         layout = gl.NVMMASharedLayout.get_default_for(block, _TYPES[dtype])
     return TensorDescriptor(torch.empty(0, dtype=dtype), list(shape), [*outer, 1], block, layout)

@@ -11,7 +11,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
@@ -31,7 +30,17 @@ from .hopper_common import (
     span,
     visible_pairs,
 )
-from .hopper_gradient import add_up, in_register_order, send, set_to_zero, wait_zeroed
+from .hopper_gradient import (
+    add_up,
+    gradient_product,
+    in_register_order,
+    put,
+    send,
+    set_to_zero,
+    wait_for,
+    wait_zeroed,
+    zero_gradient,
+)
 from .segment_kernels import ALIKE, PADDED
 
 _INTEGERS = [
@@ -160,12 +169,12 @@ def _backward_rows(
     """64 rows of each row tile and, of each tile of keys, 64 keys, for which both warpgroups' weights are needed."""
     dtype: gl.constexpr = ring_s.dtype
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    mma_d: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     OF_ROWS: gl.constexpr = gl.SliceLayout(1, mma)
     OF_KEYS: gl.constexpr = gl.SliceLayout(0, mma)
-    OF_PRODUCT: gl.constexpr = gl.DotOperandLayout(0, mma_d, 2)
     none = gl.zeros([HALF_ROWS, N], gl.float32, mma)
-    none_d = gl.zeros([HALF_ROWS, D], gl.float32, mma_d)
+    no_gradient = zero_gradient(D, K)
+    # Products of K channels
+    PARTS: gl.constexpr = 1 if K == D else 2
     visited = gl.to_tensor(0)
     done = gl.to_tensor(0)
     batch, head, key_head, tile, last, count, full, begin = receive(box, posted, taken, 0)
@@ -188,7 +197,7 @@ def _backward_rows(
         l_s = gl.load(sum_s + place, mask=live, other=1.0)
         l_t = gl.load(sum_t + place, mask=live, other=1.0)
         g = gl.load(row_grad + place, mask=live, other=0.0)
-        acc = gl.zeros([HALF_ROWS, D], gl.float32, mma_d)
+        acc = zero_gradient(D, K)
 
         # Always 0, which the compiler cannot know; see `fresh`.
         again = done >> 30
@@ -246,7 +255,7 @@ def _backward_rows(
                     alike, SEGMENTS, VISIT,
                 )  # fmt: skip
             # The rows' gradient takes the weights from registers, while they are on their way to the other warpgroup.
-            acc = warpgroup_mma(gl.convert_layout(w, OF_PRODUCT), y, acc, is_async=True)
+            acc = gradient_product(w, y, acc, K, True)
             # The last gradients on their way out have left the buffers, one of which is the weights'.
             tma.store_wait(0)
             barrier()
@@ -259,25 +268,25 @@ def _backward_rows(
             s = logits(x, y, none, K)
             mbarrier.wait(weights_ready, visited & 1)
             # The rows' gradient is done: there are registers for the keys'.
-            acc = warpgroup_mma_wait(1 if K == D else 2, deps=[acc])
+            acc = wait_for(acc, PARTS)
             x = weights.index(fresh).slice(HALF * (N // 2), N // 2, dim=1).permute([1, 0])
             y = own.index(fresh).reshape([HALF_ROWS, D])
-            out = warpgroup_mma(x, y, none_d, use_acc=False, is_async=True)
+            out = gradient_product(x, y, no_gradient, K, False)
             x = weights.index(1 + fresh).slice(HALF * (N // 2), N // 2, dim=1).permute([1, 0])
             y = own.index(1 + fresh).reshape([HALF_ROWS, D])
-            out = warpgroup_mma(x, y, out, is_async=True)
-            s = warpgroup_mma_wait(2, deps=[s])
+            out = gradient_product(x, y, out, K, True)
+            s = warpgroup_mma_wait(2 * PARTS, deps=[s])
             e_s = gl.exp2(exponent(s, log2_scale, m_s))
-            out = warpgroup_mma_wait(0, deps=[out])
+            out = wait_for(out, 0)
             mbarrier.arrive(free_s.index(slot))
             mbarrier.arrive(weights_free)
             first, second = in_register_order(out)
-            stage.index(HALF).reshape([D // 8, 256]).store(first)
-            # Both warpgroups are through with these weights: their room takes the other half of the gradient.
+            put(first, stage.index(HALF))
+            # Both warpgroups are through with these weights: their room takes the other piece of the gradient.
             mbarrier.wait(weights_free, visited & 1)
-            spare = weights.index(HALF)._reinterpret(gl.float32, [1, 1, D // 8, 256], key_grad.layout)
-            spare.reshape([D // 8, 256]).store(second)
-            send(key_grad, batch, key_head, key_start // HALF_ROWS + HALF, stage.index(HALF), spare, D)
+            spare = weights.index(HALF)._reinterpret(gl.float32, [1, 1, 1, D // 8, 256], key_grad.layout)
+            put(second, spare)
+            send(key_grad, batch, key_head, key_start // HALF_ROWS + HALF, stage.index(HALF), spare)
             mbarrier.wait(ready_t, (visited + 1) & 1, pred=j + 1 < count)
             x = own.index(2 + HALF + fresh).reshape([HALF_ROWS, D])
             y = ring_t.index(fresh).reshape([N, D])
@@ -288,7 +297,7 @@ def _backward_rows(
 
         tma.store_wait(0)
         barrier()
-        spare = weights.index(HALF)._reinterpret(gl.float32, [1, 1, D // 8, 256], key_grad.layout)
+        spare = weights.index(HALF)._reinterpret(gl.float32, [1, 1, 1, D // 8, 256], key_grad.layout)
         if VISIT:
             add_up(acc, grad, batch, head, (start - first_row) // HALF_ROWS, stage.index(HALF), spare)
         elif SELF:
@@ -297,12 +306,17 @@ def _backward_rows(
             factor = softmax_scale
             if NARROW:
                 factor = softmax_scale * gl.load(unit)
-            rows = start + gl.arange(0, HALF_ROWS, gl.SliceLayout(1, mma_d))
-            columns = gl.arange(0, D, gl.SliceLayout(0, mma_d))
-            place = (batch * heads + head).to(gl.int64) * seq_len + rows
-            pointers = grad + place[:, None] * channels + columns[None, :]
-            inside = (rows < seq_len)[:, None] & (columns < channels)[None, :]
-            gl.store(pointers, (acc * factor).to(dtype), mask=inside)
+            # Always 0, or the compiler would keep where the gradient goes over the whole loop. With masks at 64 and 128
+            # channels it does no harm, and Triton 3.7 spills if it does not.
+            fresh = 0 if SEGMENTS and K == D else visited >> 30
+            for i in gl.static_range(PARTS):
+                x = acc[i]
+                rows = start + fresh + gl.arange(0, HALF_ROWS, gl.SliceLayout(1, x.type.layout))
+                columns = i * (D // 2) + gl.arange(0, x.shape[1], gl.SliceLayout(0, x.type.layout))
+                place = (batch * heads + head + fresh).to(gl.int64) * seq_len + rows
+                pointers = grad + place[:, None] * channels + columns[None, :]
+                inside = (rows < seq_len)[:, None] & (columns < channels)[None, :]
+                gl.store(pointers, (x * factor).to(dtype), mask=inside)
         done += 1
         batch, head, key_head, tile, last, count, full, begin = receive(box, posted, taken, done & 1)
     tma.store_wait(0)
@@ -318,8 +332,8 @@ def backward_kernel(
 ):  # fmt: skip
     """Each tile of S once: W = g (Ps - Pt), then W k for the rows and W' q for the keys.
 
-    key_grad is a descriptor of float32 [B, key heads, T / 64 * D / 4, 256] in register order in blocks
-    [1, 1, D / 8, 256]; its memory, key_sums, may hold anything at first. The keys' gradient is added up there, not
+    key_grad is a descriptor of float32 [B, key heads, T / 64, K / 4, 256] in register order in blocks
+    [1, 1, 1, D / 8, 256]; its memory, key_sums, may hold anything at first. The keys' gradient is added up there, not
     multiplied by softmax_scale, in no fixed order. With SELF the rows' is too; else it goes to grad [B, H, T,
     channels], finished (channels is a constant because Triton 3.7 would spill some more without). With NARROW, row_grad
     is in units of unit[0].
@@ -346,7 +360,7 @@ def backward_kernel(
     ring_t = gl.allocate_shared_memory(dtype, [1, 1, 1, N, D], k_t.layout)
     weights_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF_ROWS, N], dtype)
     weights = gl.allocate_shared_memory(dtype, [2, HALF_ROWS, N], weights_layout)
-    stage = gl.allocate_shared_memory(gl.float32, [2, 1, 1, D // 8, 256], key_grad.layout)
+    stage = gl.allocate_shared_memory(gl.float32, [2, 1, 1, 1, D // 8, 256], key_grad.layout)
     # Where those who compute find which row tile comes next
     box = gl.allocate_shared_memory(gl.int32, [8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     posted = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -388,7 +402,7 @@ def backward_kernel(
                 first_row, keys_end, whole, parts, box, posted, taken, own, own_ready, ring_s, ring_t, ready_s, ready_t,
                 free_s, free_t, N, D, SEGMENTS, VISIT,
             )),
-            (set_to_zero, (key_sums, progress, sequences, own_tiles, seq_len, D, 2)),
+            (set_to_zero, (key_sums, progress, sequences, own_tiles, seq_len, K, 2)),
         ],
         [4, 1, 2],
         [240, 24, 24],

@@ -1,9 +1,12 @@
 """Gradients that several programs of the Hopper backward kernel add to: float32 in register order.
 
-64 tokens lie as the 128 threads of a warpgroup hold them, [2, D / 16, 128, 4], which is half of the channels, 8 of its
-channels, a thread, and this thread's 2 x 2 numbers of tokens r and r + 8 and of neighbouring channels. So each thread
-puts 16 bytes beside those of the thread before it into shared memory, and TMA reads 16 KiB in a row. `finish_kernel`
-brings them into order.
+64 tokens lie as the 128 threads of a warpgroup hold them, [K / 8, 128, 4], which is 8 of the K channels, a thread, and
+this thread's 2 x 2 numbers of tokens r and r + 8 and of neighbouring channels. So each thread puts 16 bytes beside
+those of the thread before it into shared memory, and TMA reads 16 KiB in a row. `finish_kernel` brings them into order.
+
+An accumulator is a tuple. Tensors' shapes are powers of two: for K < D there are two, of the first D / 2 channels and
+of the others, so that no padding is multiplied or sent; else there is one. It leaves in two pieces: these two, or the
+halves of the one.
 """
 
 # What the decorators make of these functions is not what pyright reads.
@@ -19,9 +22,9 @@ from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from .hopper_common import barrier
+from .hopper_common import HALF_ROWS, barrier
 
 
 @builtin
@@ -32,31 +35,97 @@ def _reduce_add(descriptor, coordinates, source, _semantic: Any = None):
     _semantic.builder.create_async_tma_reduce(kind, descriptor.handle, coordinates, source.handle)
 
 
-@gluon.jit
-def in_register_order(x):
-    """An accumulator [64, D] as its two halves of channels [D / 8, 256] in register order."""
-    D: gl.constexpr = x.shape[1]
-    # [warp, r or r + 8, row, half, 8 channels, pair, channel]
-    x = x.reshape([4, 2, 8, 2, D // 16, 4, 2]).permute(3, 4, 0, 2, 5, 1, 6)
-    return x.reshape([2, D // 8, 256]).permute(1, 2, 0).split()
+@gluon.constexpr_function
+def _layout(channels):
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, channels, 16])
 
 
 @gluon.jit
-def add_up(x, descriptor, batch, head, block, left, right):
-    """Add 64 tokens [64, D] to a gradient in register order; left and right are buffers for half of it each."""
-    D: gl.constexpr = x.shape[1]
-    first, second = in_register_order(x)
-    left.reshape([D // 8, 256]).store(first)
-    right.reshape([D // 8, 256]).store(second)
-    send(descriptor, batch, head, block, left, right, D)
+def _zeros(channels: gl.constexpr):
+    return gl.zeros([HALF_ROWS, channels], gl.float32, _layout(channels))
 
 
 @gluon.jit
-def send(descriptor, batch, head, block, left, right, D: gl.constexpr):
+def zero_gradient(D: gl.constexpr, K: gl.constexpr):
+    """An accumulator of 64 tokens."""
+    if K == D:
+        return (_zeros(D),)
+    else:
+        return _zeros(D // 2), _zeros(K - D // 2)
+
+
+@gluon.jit
+def _product(x, y, acc, use_acc: gl.constexpr):
+    if isinstance(x, gl.tensor):
+        x = gl.convert_layout(x, gl.DotOperandLayout(0, _layout(y.shape[1]), 2))
+    return warpgroup_mma(x, y, acc, use_acc=use_acc, is_async=True)
+
+
+@gluon.jit
+def gradient_product(x, y, acc, K: gl.constexpr, use_acc: gl.constexpr):
+    """x times y [N, D], over its first K channels, plus acc: issued, a product for each part of the accumulator."""
+    D: gl.constexpr = y.shape[1]
+    if K == D:
+        return (_product(x, y, acc[0], use_acc),)
+    else:
+        left = _product(x, y.slice(0, D // 2, dim=1), acc[0], use_acc)
+        return left, _product(x, y.slice(D // 2, K - D // 2, dim=1), acc[1], use_acc)
+
+
+@gluon.jit
+def wait_for(acc, behind: gl.constexpr):
+    """An accumulator when no more products are in flight than the `behind` last ones."""
+    if len(acc) == 1:
+        return (warpgroup_mma_wait(behind, deps=[acc[0]]),)
+    else:
+        return warpgroup_mma_wait(behind, deps=[acc[0], acc[1]])
+
+
+@gluon.jit
+def in_register_order(acc):
+    """An accumulator as the two pieces [channels / 4, 256] in which it leaves."""
+    if len(acc) == 1:
+        D: gl.constexpr = acc[0].shape[1]
+        # [warp, r or r + 8, row, half, 8 channels, pair, channel]
+        x = acc[0].reshape([4, 2, 8, 2, D // 16, 4, 2]).permute(3, 4, 0, 2, 5, 1, 6)
+        return x.reshape([2, D // 8, 256]).permute(1, 2, 0).split()
+    else:
+        return _lines(acc[0]), _lines(acc[1])
+
+
+@gluon.jit
+def _lines(x):
+    C: gl.constexpr = x.shape[1]
+    # [warp, r or r + 8, row, 8 channels, pair, channel]
+    return x.reshape([4, 2, 8, C // 8, 4, 2]).permute(3, 0, 2, 4, 1, 5).reshape([C // 4, 256])
+
+
+@gluon.jit
+def put(piece, room):
+    """Store it where room [1, 1, 1, lines, 256] begins."""
+    lines: gl.constexpr = room.shape[3]
+    room = room.reshape([lines, 256])
+    if piece.shape[0] < lines:
+        room = room.slice(0, piece.shape[0], dim=0)
+    room.store(piece)
+
+
+@gluon.jit
+def add_up(acc, descriptor, batch, head, block, left, right):
+    """Add 64 tokens to a gradient in register order; left and right are buffers for a piece each."""
+    first, second = in_register_order(acc)
+    put(first, left)
+    put(second, right)
+    send(descriptor, batch, head, block, left, right)
+
+
+@gluon.jit
+def send(descriptor, batch, head, block, left, right):
+    """Of the second piece's buffer TMA leaves out what is beyond the K channels."""
     fence_async_shared()
     barrier()
-    _reduce_add(descriptor, [batch, head, block * (D // 4), 0], left)
-    _reduce_add(descriptor, [batch, head, block * (D // 4) + D // 8, 0], right)
+    _reduce_add(descriptor, [batch, head, block, 0, 0], left)
+    _reduce_add(descriptor, [batch, head, block, left.shape[3], 0], right)
 
 
 @gluon.jit
@@ -74,7 +143,7 @@ def wait_zeroed(zeroed, tiles):
 
 
 @gluon.jit
-def set_to_zero(sums, progress, sequences, own_tiles, tokens, D: gl.constexpr, WARPS: gl.constexpr):
+def set_to_zero(sums, progress, sequences, own_tiles, tokens, K: gl.constexpr, WARPS: gl.constexpr):
     """Set gradients to 0 beside those who compute, in the order in which the row tiles come by.
 
     Each program's warps take tiles of 128 tokens by tickets until there are none left; they wait for nobody.
@@ -95,10 +164,10 @@ def set_to_zero(sums, progress, sequences, own_tiles, tokens, D: gl.constexpr, W
     while ticket // own_tiles < sequences:
         sequence = ticket // own_tiles
         block = ticket % own_tiles * 2
-        place = sums + (sequence * blocks + block).to(gl.int64) * 64 * D + numbers
-        for i in gl.static_range(128 * D // AT_ONCE):
+        place = sums + (sequence * blocks + block).to(gl.int64) * 64 * K + numbers
+        for i in gl.static_range(128 * K // AT_ONCE):
             # The last tile may be of 64 tokens.
-            inside = (block + i * AT_ONCE // (64 * D) < blocks) & (numbers >= 0)
+            inside = (block + i * AT_ONCE // (64 * K) < blocks) & (numbers >= 0)
             gl.store(place + i * AT_ONCE, gl.zeros([AT_ONCE], gl.float32, LAYOUT), mask=inside)
         barrier()
         gl.atomic_add(progress + (2 + sequence), 1, sem="release")
@@ -107,20 +176,22 @@ def set_to_zero(sums, progress, sequences, own_tiles, tokens, D: gl.constexpr, W
 
 @triton.jit(do_not_specialize=["heads", "tokens"])
 def finish_kernel(
-    grad, unit, out, heads, tokens, out_strides, factor, channels: tl.constexpr, D: tl.constexpr, NARROW: tl.constexpr
+    grad, unit, out, heads, tokens, out_strides, factor,
+    channels: tl.constexpr, D: tl.constexpr, K: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
-    """out [B, H, T, channels] = factor * a gradient in register order; with NARROW times unit[0].
+    """out [B, H, T, channels] = factor * a gradient of K channels in register order; with NARROW times unit[0].
 
     One program for 64 tokens of a head: block + T / 64 * sequence.
     """
     blocks = tl.cdiv(tokens, 64)
     sequence = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
-    x = tl.load(grad + tl.program_id(0).to(tl.int64) * 64 * D + tl.arange(0, 64 * D))
+    numbers = tl.arange(0, 64 * D)
+    x = tl.load(grad + tl.program_id(0).to(tl.int64) * 64 * K + numbers, mask=numbers < 64 * K)
     if NARROW:
         factor *= tl.load(unit)
-    # [half, 8 channels, warp, row, pair, r or r + 8, channel]
-    x = (x * factor).reshape([2, D // 16, 4, 8, 4, 2, 2]).permute(2, 5, 3, 0, 1, 4, 6).reshape([64, D])
+    # [8 channels, warp, row, pair, r or r + 8, channel]
+    x = (x * factor).reshape([D // 8, 4, 8, 4, 2, 2]).permute(1, 4, 2, 0, 3, 5).reshape([64, D])
     rows = block * 64 + tl.arange(0, 64)
     columns = tl.arange(0, D)
     out += (sequence // heads).to(tl.int64) * out_strides[0] + (sequence % heads).to(tl.int64) * out_strides[1]

@@ -33,8 +33,9 @@ HOPPER_ROWS = 128
 class Pipeline:
     """The shapes of the Hopper kernels: HOPPER_ROWS rows against block_n keys at a time.
 
-    Vectors are padded to block_d channels; logits are taken over the first block_k of them. `slots` is the number of
-    buffers of keys, the student's and the teacher's counted singly, in the forward kernel.
+    Vectors are padded to block_d channels in shared memory; logits and gradients are of the first block_k of them: all,
+    or half of them and a power of two. `slots` is the number of buffers of keys, the student's and the teacher's
+    counted singly, in the forward kernel.
     """
 
     block_n: int
@@ -48,7 +49,8 @@ class WidePipeline:
     """The shapes of the Hopper kernels for more than 128 channels.
 
     HOPPER_ROWS rows against forward_n keys at a time, or against backward_n tokens. In forward, tiles of keys come in
-    parts of forward_c channels, into `slots` buffers. block_d and block_k are as for `Pipeline`.
+    parts of forward_c channels, into `slots` buffers. Vectors are padded to block_d channels; logits are of the first
+    block_k of them.
     """
 
     forward_n: int

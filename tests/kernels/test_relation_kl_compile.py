@@ -39,6 +39,7 @@ def compile_kernels(kind: str, cases: list[dict[str, Any]], cache: Path) -> list
     ("head_dim", "variants"),
     [
         (64, [{"segments": False}, {"segments": True, "attention": True}, {"segments": True, "visit": True}]),
+        (96, [{"segments": False}, {"segments": True, "attention": True}, {"segments": False, "visit": True}]),
         (
             128,
             [
@@ -50,7 +51,7 @@ def compile_kernels(kind: str, cases: list[dict[str, Any]], cache: Path) -> list
             ],
         ),
     ],
-    ids=["64", "128"],
+    ids=["64", "96", "128"],
 )
 def test_hopper_kernels(
     head_dim: int, variants: list[dict[str, bool]], tmp_path_factory: pytest.TempPathFactory
@@ -64,7 +65,7 @@ def test_hopper_kernels(
     assert names.count("forward_kernel") == 2 + visits and names.count("backward_kernel") == len(variants)
     for kernel in compiled:
         constants = kernel["constants"]
-        assert constants["D"] == head_dim, kernel
+        assert constants["K"] == head_dim, kernel
         assert kernel["shared"] <= _HOPPER, kernel
         assert not kernel["serialized"], kernel
         plain = not constants["SEGMENTS"] and (constants.get("SELF", True) or constants["VISIT"])

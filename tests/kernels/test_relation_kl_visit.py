@@ -130,7 +130,7 @@ def test_kernels(kind: str, dtype: torch.dtype, device: torch.device) -> None:
     heads = ((2,), (4, 2)) if ON_GPU else ((2, 1),)
     for keys, rows in SHAPES if ON_GPU or kind in ("one", "documents") else SHAPES[:1]:
         for each in heads:
-            for dim in (64, 80, 128, 256) if ON_GPU else (16,):
+            for dim in (64, 80, 96, 128, 256) if ON_GPU else (16,):
                 check(triton_visit, dtype, dim, each, keys, rows, kind, device)
 
 
@@ -149,20 +149,19 @@ def test_loud_keys(dtype: torch.dtype, device: torch.device) -> None:
     check(triton_visit, dtype, 64 if ON_GPU else 16, (2, 2), 75, 75, "one", device, loud=6.0)
 
 
-@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize("dim", [64, 72, 80, 96, 128])
 def test_a_gradient_in_register_order_is_brought_into_order(dim: int, device: torch.device) -> None:
     """Number by number: an accumulator's thread and register, as the layout of wgmma has them."""
     batch, heads, tokens = 2, 3, 100
     pipeline = pick_pipeline("sm_90", dim, 2)
     assert pipeline is not None
-    padded = pipeline.block_d
     out = torch.full((batch, tokens, heads, dim), float("nan"), dtype=torch.bfloat16, device=device).transpose(1, 2)
     grad = torch.randn(hopper_backend.gradient_shape(out, pipeline), device=device)
     token, channel = torch.arange(tokens)[:, None], torch.arange(dim)[None]
     row = token % 64
     thread = row // 16 * 32 + row % 8 * 4 + channel % 8 // 2
     number = (channel // 8 * 128 + thread) * 4 + row % 16 // 8 * 2 + channel % 2
-    want = grad.flatten(2)[..., (token // 64 * 64 * padded + number).to(device)]
+    want = grad.flatten(2)[..., (token // 64 * 64 * pipeline.block_k + number).to(device)]
     for unit in (None, torch.tensor([3.0], device=device)):
         hopper_backend.finish(grad, 0.5, unit, pipeline, out)
         torch.testing.assert_close(out, (want * (0.5 if unit is None else 1.5)).to(out.dtype), rtol=1e-2, atol=0)
