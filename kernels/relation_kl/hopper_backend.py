@@ -36,7 +36,7 @@ def can_fetch(operands: Operands) -> bool:
 
 
 def forward(
-    operands: Operands, softmax_scale: float, pipeline: Pipeline, segments: tuple[Tensor, Tensor] | None
+    operands: Operands, softmax_scale: float, pipeline: Pipeline, of_rows: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rows, both statistics of backward, and flags of the row tiles that must be done again because a sum overflowed.
 
@@ -44,7 +44,7 @@ def forward(
         operands: bf16 or fp16, for which `can_fetch` holds.
         softmax_scale: factor of the logits.
         pipeline: from `tiles.pick_pipeline`.
-        segments: ids, contiguous, and `tile_bounds(ids, 128, pipeline.block_n)`; or None.
+        of_rows: `segment_kernels.starts_and_bounds(ids, 128, pipeline.block_n)`; or None.
 
     Returns:
         kl, sum_s, sum_t: float32 [B, H, T]; flags: int32 [B, H, row tiles, 2],
@@ -56,13 +56,11 @@ def forward(
     kl = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     sum_s, sum_t = torch.empty_like(kl), torch.empty_like(kl)
     flags = torch.empty(batch, heads, tiles, 2, dtype=torch.int32, device=q.device)
-    names, bounds = segments or (flags, flags)
     launch(
         forward_kernel,
         grid(tiles, batch * heads, multiprocessors(q.device)),
         *descriptors(operands, pipeline),
-        names,
-        bounds,
+        *(of_rows or (flags, flags)),
         kl,
         kl,
         kl,
@@ -76,7 +74,7 @@ def forward(
         seq_len,
         softmax_scale * LOG2_E,
         **{"N": pipeline.block_n, "D": pipeline.block_d, "K": pipeline.block_k, "SLOTS": pipeline.slots},
-        **{"SEGMENTS": segments is not None, "VISIT": False},
+        **{"SEGMENTS": of_rows is not None, "VISIT": False},
         **OPTIONS,
     )
     return kl, sum_s, sum_t, flags
@@ -86,7 +84,7 @@ def backward(
     operands: Operands,
     softmax_scale: float,
     pipeline: Pipeline,
-    segments: tuple[Tensor, Tensor] | None,
+    segments: tuple[Tensor, Tensor, Tensor] | None,
     sum_s: Tensor,
     sum_t: Tensor,
     row_grad: Tensor,
@@ -101,7 +99,7 @@ def backward(
         operands: as for `forward`.
         softmax_scale: as for `forward`.
         pipeline: as for `forward`.
-        segments: as for `forward`.
+        segments: ids, contiguous, with starts and bounds as for `forward`; or None.
         sum_s: from `forward`.
         sum_t: from `forward`.
         row_grad: float32 [B, H, T], contiguous, in units of `unit`; padding may hold anything.
@@ -113,7 +111,6 @@ def backward(
     key_grad = torch.empty(gradient_shape(k, pipeline), dtype=torch.float32, device=k.device)
     grad = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     of_keys = None if operands.self_relation else torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    names, bounds = segments or (sum_s, sum_s)
     together = grid(tiles, batch * heads, multiprocessors(q.device))[0]
     sequences = batch * k.shape[1]
     progress = torch.zeros(2 + sequences, dtype=torch.int32, device=q.device)
@@ -121,8 +118,7 @@ def backward(
         backward_kernel,
         min(tiles * batch * heads, multiprocessors(q.device)),
         *descriptors(operands, pipeline),
-        names,
-        bounds,
+        *(segments or (sum_s, sum_s, sum_s)),
         sum_s,
         sum_t,
         sum_s,
@@ -185,7 +181,7 @@ def forward_visit(
     places: Places,
     softmax_scale: float,
     pipeline: Pipeline,
-    segments: tuple[Tensor, Tensor] | None,
+    of_rows: tuple[Tensor, Tensor] | None,
     pivots: tuple[Tensor, Tensor],
     sums: tuple[Tensor, Tensor, Tensor],
 ) -> Tensor:
@@ -196,7 +192,7 @@ def forward_visit(
         places: of the visit.
         softmax_scale: factor of the logits.
         pipeline: as for `forward`.
-        segments: ids and bounds of the common sequence, or None.
+        of_rows: `segment_kernels.starts_and_bounds` of the common sequence, or None.
         pivots: m_s and m_t, float32 [B, H, R].
         sums: l_s, l_t and a, float32 [B, H, R].
     """
@@ -208,7 +204,7 @@ def forward_visit(
         forward_kernel,
         grid(tiles, batch * heads, multiprocessors(a.device)),
         *descriptors(Operands(visit.q_s, visit.k_s, visit.q_t, visit.k_t, False), pipeline),
-        *(segments or (flags, flags)),
+        *(of_rows or (flags, flags)),
         a,
         *pivots,
         l_s,
@@ -221,7 +217,7 @@ def forward_visit(
         places.keys_end,
         softmax_scale * LOG2_E,
         **{"N": pipeline.block_n, "D": pipeline.block_d, "K": pipeline.block_k, "SLOTS": pipeline.slots},
-        **{"SEGMENTS": segments is not None, "VISIT": True},
+        **{"SEGMENTS": of_rows is not None, "VISIT": True},
         **OPTIONS,
     )
     return flags
@@ -232,7 +228,7 @@ def backward_visit(
     places: Places,
     softmax_scale: float,
     pipeline: Pipeline,
-    segments: tuple[Tensor, Tensor] | None,
+    segments: tuple[Tensor, Tensor, Tensor] | None,
     statistics: tuple[Tensor, ...],
     row_grad: Tensor,
     q_grad: Tensor,
@@ -245,7 +241,7 @@ def backward_visit(
         places: as for `forward_visit`.
         softmax_scale: factor of the logits; not of the gradients.
         pipeline: as for `forward`.
-        segments: as for `forward_visit`.
+        segments: ids, starts and bounds of the common sequence, or None.
         statistics: m_s, m_t, l_s, l_t, float32 [B, H, R], contiguous.
         row_grad: float32 [B, H, R], contiguous.
         q_grad: of the rows, in register order (`gradient_shape`).
@@ -262,7 +258,7 @@ def backward_visit(
         backward_kernel,
         items,  # a piece each: between them the exchanges' kernels find multiprocessors
         *descriptors(Operands(visit.q_s, visit.k_s, visit.q_t, visit.k_t, False), pipeline),
-        *(segments or (row_grad, row_grad)),
+        *(segments or (row_grad, row_grad, row_grad)),
         *statistics,
         row_grad,
         row_grad,

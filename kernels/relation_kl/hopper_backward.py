@@ -27,6 +27,7 @@ from .hopper_common import (
     own_logits,
     post,
     receive,
+    seen,
     span,
     visible_pairs,
 )
@@ -41,7 +42,7 @@ from .hopper_gradient import (
     wait_zeroed,
     zero_gradient,
 )
-from .segment_kernels import ALIKE, PADDED
+from .segment_kernels import ALIKE, GENERAL, PADDED
 
 _INTEGERS = [
     *("heads", "group", "together", "own_tiles", "items", "most", "sequences"),
@@ -51,7 +52,8 @@ _INTEGERS = [
 
 @gluon.jit
 def _without_invisible(
-    w, room, segments, row_start, key_start, seq_len, keys_end, alike, SEGMENTS: gl.constexpr, VISIT: gl.constexpr
+    w, room, segments, starts, general, row_start, key_start, seq_len, keys_end,
+    SEGMENTS: gl.constexpr, VISIT: gl.constexpr,
 ):  # fmt: skip
     """The weights w [64, N] with those of invisible pairs set to 0, in shared memory (room): with masks in registers,
     ptxas spills others in the loop around it."""
@@ -62,8 +64,18 @@ def _without_invisible(
     barrier()
     rows = row_start + gl.arange(0, w.shape[0], gl.SliceLayout(1, LAYOUT))
     keys = key_start + gl.arange(0, w.shape[1], gl.SliceLayout(0, LAYOUT))
+    first_keys = rows
+    if SEGMENTS:
+        first_keys = gl.load(starts + rows, mask=rows < seq_len, other=seq_len)
+        if general:
+            visible = visible_pairs(segments, rows, keys, seq_len, keys_end, False, SEGMENTS, VISIT)
+            x = room.load(LAYOUT)
+            room.store(gl.where(visible, x, gl.zeros_like(x)))
+            first_keys = gl.zeros_like(rows)
+    visible = seen(first_keys, rows, keys, SEGMENTS)
+    if VISIT:
+        visible = visible & (keys < keys_end)[None, :]
     x = room.load(LAYOUT)
-    visible = visible_pairs(segments, rows, keys, seq_len, keys_end, alike, SEGMENTS, VISIT)
     room.store(gl.where(visible, x, gl.zeros_like(x)))
     barrier()
     return room.load(w.type.layout)
@@ -134,7 +146,7 @@ def _backward_fetch(
         if not VISIT:
             # Behind that wait: before it ptxas would have the teacher's keys wait for the bounds, too.
             count, full = span(last, lo, lo_full, N, VISIT)
-        post(box, posted, batch, head, key_head, tile, last, count, full * 4 + kind, begin)
+        post(box, posted, batch, head, key_head, tile, last, count, full * 8 + kind, begin)
         if not VISIT:
             # While the keys come, but before arriving at own_ready: whoever has the rows adds to the gradient.
             wait_zeroed(progress + 2 + sequence // group, own_tiles)
@@ -159,7 +171,7 @@ def _backward_fetch(
 
 @gluon.jit
 def _backward_rows(
-    segments, bounds, pivot_s, pivot_t, sum_s, sum_t, row_grad, unit, key_grad, grad,
+    segments, starts, bounds, pivot_s, pivot_t, sum_s, sum_t, row_grad, unit, key_grad, grad,
     heads, seq_len, first_row, keys_end, log2_scale, softmax_scale, box, posted, taken,
     own, own_ready, ring_s, ring_t, ready_s, ready_t, free_s, free_t,
     weights, weights_ready, weights_free, stage,
@@ -179,12 +191,13 @@ def _backward_rows(
     done = gl.to_tensor(0)
     batch, head, key_head, tile, last, count, full, begin = receive(box, posted, taken, 0)
     while count > 0:
-        kind = full & 3  # of the rows; the rest is how many tiles of keys need no mask
+        kind = full & 3  # of the rows, but for GENERAL; the rest is how many tiles of keys need no mask
         tile_start = tile * ROWS
         if not VISIT:
             # The compiler is to see that the rows begin there, for N = ROWS: half of the pairs need no work then.
             last = tile_start + ROWS - N
         names = segments + batch.to(gl.int64) * seq_len
+        first_keys = starts + batch.to(gl.int64) * seq_len
         start = tile_start + HALF * HALF_ROWS
         rows = start + gl.arange(0, HALF_ROWS, OF_ROWS)
         live = rows < seq_len
@@ -241,18 +254,15 @@ def _backward_rows(
             e_t = gl.exp2(exponent(t, log2_scale, m_t))
             w = (gl.fma(e_s, gl.zeros_like(e_s) + r[:, None], -e_t) * (gl.zeros_like(e_s) + g[:, None])).to(dtype)
             y = ring_s.index(slot).reshape([N, D])
-            if (turned == 0) | (turned >= full >> 2):
-                alike = False
+            if (turned == 0) | (turned >= full >> 3):
                 if SEGMENTS:
                     of_keys = gl.load(bounds + (batch * gl.cdiv(seq_len, ROWS) + key_start // ROWS) * 5 + 4)
-                    if of_keys == PADDED:
+                    if of_keys & 3 == PADDED:
                         # Both warpgroups do it: neither needs to wait for the other then.
                         clear_padding(y, names + fresh, key_start, seq_len)
-                    if not VISIT:  # the first tile of keys are the rows themselves
-                        alike = (j == 0) & (full & 3 == ALIKE)
                 w = _without_invisible(
-                    w, weights.index(HALF + fresh), names + fresh, start + fresh, key_start, seq_len, keys_end,
-                    alike, SEGMENTS, VISIT,
+                    w, weights.index(HALF + fresh), names + fresh, first_keys + fresh, full & GENERAL != 0,
+                    start + fresh, key_start, seq_len, keys_end, SEGMENTS, VISIT,
                 )  # fmt: skip
             # The rows' gradient takes the weights from registers, while they are on their way to the other warpgroup.
             acc = gradient_product(w, y, acc, K, True)
@@ -324,9 +334,9 @@ def _backward_rows(
 
 @gluon.jit(do_not_specialize=_INTEGERS)
 def backward_kernel(
-    q_s, k_s, q_t, k_t, segments, bounds, pivot_s, pivot_t, sum_s, sum_t, row_grad, unit, key_grad, grad, key_sums,
-    progress, heads, group, together, own_tiles, items, most, sequences, seq_len, first_row, keys_end, whole, parts,
-    log2_scale, softmax_scale, channels: gl.constexpr,
+    q_s, k_s, q_t, k_t, segments, starts, bounds, pivot_s, pivot_t, sum_s, sum_t, row_grad, unit, key_grad, grad,
+    key_sums, progress, heads, group, together, own_tiles, items, most, sequences, seq_len, first_row, keys_end, whole,
+    parts, log2_scale, softmax_scale, channels: gl.constexpr,
     N: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SEGMENTS: gl.constexpr, SELF: gl.constexpr, NARROW: gl.constexpr,
     VISIT: gl.constexpr,
 ):  # fmt: skip
@@ -386,13 +396,13 @@ def backward_kernel(
     gl.warp_specialize(
         [
             (_backward_rows, (
-                segments, bounds, pivot_s, pivot_t, sum_s, sum_t, row_grad, unit, key_grad, grad,
+                segments, starts, bounds, pivot_s, pivot_t, sum_s, sum_t, row_grad, unit, key_grad, grad,
                 heads, seq_len, first_row, keys_end, log2_scale, softmax_scale, box, posted, taken,
                 own, own_ready, ring_s, ring_t, ready_s, ready_t, free_s, free_t,
                 weights, weights_ready, weights_free, stage, 0, channels, N, D, K, SEGMENTS, SELF, NARROW, VISIT,
             )),
             (_backward_rows, (
-                segments, bounds, pivot_s, pivot_t, sum_s, sum_t, row_grad, unit, key_grad, grad,
+                segments, starts, bounds, pivot_s, pivot_t, sum_s, sum_t, row_grad, unit, key_grad, grad,
                 heads, seq_len, first_row, keys_end, log2_scale, softmax_scale, box, posted, taken,
                 own, own_ready, ring_s, ring_t, ready_s, ready_t, free_s, free_t,
                 weights, weights_ready, weights_free, stage, 1, channels, N, D, K, SEGMENTS, SELF, NARROW, VISIT,

@@ -74,6 +74,15 @@ def visible_pairs(segments, rows, keys, seq_len, keys_end, alike, SEGMENTS: gl.c
 
 
 @gluon.jit
+def seen(starts, ends, keys, SEGMENTS: gl.constexpr):
+    """[rows, keys]: whether the key is one from the row's first key to its last one; without SEGMENTS any is before."""
+    visible = keys[None, :] <= ends[:, None]
+    if SEGMENTS:
+        visible = visible & (keys[None, :] >= starts[:, None])
+    return visible
+
+
+@gluon.jit
 def own_logits(product, rows, keys, scale):
     """Each row's logit with its own key, from the tile on the diagonal: the rounded product, which is what it must be
     relative to, not to be fused into a difference."""

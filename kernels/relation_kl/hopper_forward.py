@@ -23,12 +23,11 @@ from .hopper_common import (
     exponent,
     last_keys,
     logits,
-    names_of,
     own_logits,
+    seen,
     span,
-    visible_pairs,
 )
-from .segment_kernels import ALIKE
+from .segment_kernels import GENERAL
 
 # Sums relative to the own logit that are larger are kept as minus their logarithm.
 _LARGE = gl.constexpr(2.0**80)
@@ -87,7 +86,7 @@ def _forward_fetch(
 
 @gluon.jit
 def _forward_rows(
-    segments, bounds, kl, pivot_s, pivot_t, sum_s, sum_t, flags, sequence, tile_start, last, seq_len,
+    starts, bounds, kl, pivot_s, pivot_t, sum_s, sum_t, flags, sequence, tile_start, last, seq_len,
     first_row, keys_end, log2_scale, own_s, own_t, own_ready, ring, ready, free,
     HALF: gl.constexpr, N: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SLOTS: gl.constexpr, SEGMENTS: gl.constexpr,
     VISIT: gl.constexpr,
@@ -95,8 +94,8 @@ def _forward_rows(
     """64 rows. Sums as in README.md, but relative to a fixed pivot, the row's maximum in the tile on the diagonal.
 
     With the own key's logit below it, no sum comes near 0. A logit 2**127 times the pivot's weight would
-    overflow one: then the flag is raised, and another kernel does the rows again with a running maximum. In a visit
-    the pivots are given.
+    overflow one: then the flag is raised, and another kernel does the rows again with a running maximum. So it is where
+    what the rows see is no run of keys (GENERAL). In a visit the pivots are given.
     """
     lo, lo_full, kind = bounds_of(bounds, SEGMENTS)
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
@@ -116,8 +115,7 @@ def _forward_rows(
     # The bounds have come beside the first tiles.
     count, full = span(last, lo, lo_full, N, VISIT)
     # Together they take one register less beside the tile on the diagonal.
-    full_and_kind = full * 4 + kind
-    kind = full_and_kind & 3
+    full_and_kind = full * 8 + kind
     y = ring.index(slot_s).reshape([N, D])
     s = logits(x_s, y, none, K)
     mbarrier.wait(ready.index(slot_t), phase_t)
@@ -127,16 +125,20 @@ def _forward_rows(
     mbarrier.arrive(free.index(slot_s))
     mbarrier.arrive(free.index(slot_t))
     keys = last + gl.arange(0, N, OF_KEYS)
+    first_keys = rows
+    ends = rows
+    if SEGMENTS:
+        first_keys = gl.load(starts + rows, mask=rows < seq_len, other=seq_len)
+    if VISIT:
+        ends = gl.minimum(rows, keys_end - 1)
+    visible = seen(first_keys, ends, keys, SEGMENTS)
     if VISIT:
         place = sequence.to(gl.int64) * (seq_len - first_row) + rows - first_row
         m_s = gl.load(pivot_s + place, mask=rows < seq_len, other=0.0)
         m_t = gl.load(pivot_t + place, mask=rows < seq_len, other=0.0)
-        # Whose keys they are, whether the rows are alike does not tell.
-        visible = visible_pairs(segments, rows, keys, seq_len, keys_end, False, SEGMENTS, VISIT)
     else:
         own_logit_s = own_logits(s, rows, keys, log2_scale)
         own_logit_t = own_logits(t, rows, keys, log2_scale)
-        visible = visible_pairs(segments, rows, keys, seq_len, keys_end, kind == ALIKE, SEGMENTS, VISIT)
         m_s = gl.max(gl.where(visible, s * log2_scale, MASKED), 1)
         m_t = gl.max(gl.where(visible, t * log2_scale, MASKED), 1)
     z_s = gl.where(visible, exponent(s, log2_scale, m_s), MASKED)
@@ -152,7 +154,7 @@ def _forward_rows(
     mbarrier.wait(ready.index(slot_s), phase_s, pred=count > 1)
     y = ring.index(slot_s).reshape([N, D])
     s = warpgroup_mma_wait(0, deps=[logits(x_s, y, none, K)])
-    full = full_and_kind >> 2
+    full = full_and_kind >> 3
     for j in range(1, full):
         slot_t, phase_t = next_slot(slot_s, phase_s, SLOTS)
         mbarrier.wait(ready.index(slot_t), phase_t)
@@ -176,27 +178,29 @@ def _forward_rows(
         s = warpgroup_mma_wait(0, deps=[s])
 
     if SEGMENTS:
-        # Few tiles need a mask; one beside the other's product would not fit into the registers.
         for j in range(full, count):
             slot_t, phase_t = next_slot(slot_s, phase_s, SLOTS)
             mbarrier.wait(ready.index(slot_t), phase_t)
             y = ring.index(slot_t).reshape([N, D])
-            t = warpgroup_mma_wait(0, deps=[logits(x_t, y, none, K)])
+            t = logits(x_t, y, none, K)
             mbarrier.arrive(free.index(slot_s))
-            mbarrier.arrive(free.index(slot_t))
-            visible = visible_pairs(
-                segments, rows, last - j * N + gl.arange(0, N, OF_KEYS), seq_len, keys_end, False, SEGMENTS, VISIT
-            )
+            keys = last - j * N + gl.arange(0, N, OF_KEYS)
+            visible = keys[None, :] >= first_keys[:, None]
             z_s = gl.where(visible, exponent(s, log2_scale, m_s), MASKED)
-            z_t = gl.where(visible, exponent(t, log2_scale, m_t), MASKED)
-            p_t = gl.exp2(z_t)
             l_s += partial_sum(gl.exp2(z_s))
-            l_t += partial_sum(p_t)
-            a += partial_sum(p_t * (z_t - z_s))
             slot_s, phase_s = next_slot(slot_t, phase_t, SLOTS)
             mbarrier.wait(ready.index(slot_s), phase_s, pred=j + 1 < count)
             y = ring.index(slot_s).reshape([N, D])
-            s = warpgroup_mma_wait(0, deps=[logits(x_s, y, none, K)])
+            s = logits(x_s, y, none, K)
+            t = warpgroup_mma_wait(1 if K == D else 2, deps=[t])
+            mbarrier.arrive(free.index(slot_t))
+            # Always 0, which the compiler cannot know: it would keep the mask, for which there are no registers.
+            visible = keys[None, :] >= (first_keys + (slot_s >> 30))[:, None]
+            z_t = gl.where(visible, exponent(t, log2_scale, m_t), MASKED)
+            p_t = gl.exp2(z_t)
+            l_t += partial_sum(p_t)
+            a += partial_sum(p_t * (z_t - z_s))
+            s = warpgroup_mma_wait(0, deps=[s])
 
     l_s = gl.convert_layout(gl.sum(l_s, 1), OF_ROWS)
     l_t = gl.convert_layout(gl.sum(l_t, 1), OF_ROWS)
@@ -204,7 +208,7 @@ def _forward_rows(
     inside = rows < seq_len
     live = inside
     if SEGMENTS:
-        live = names_of(segments, rows, seq_len, kind == ALIKE) >= 0
+        live = inside & (first_keys <= rows)
     if VISIT:
         place = sequence.to(gl.int64) * (seq_len - first_row) + rows - first_row
         gl.store(kl + place, a, mask=inside)
@@ -218,12 +222,15 @@ def _forward_rows(
         gl.store(sum_t + place, gl.where(live, _relative_sum(l_t, m_t - own_logit_t), 1.0), mask=inside)
     # False for NaN too
     finite = (l_s < 1e38) & (l_t < 1e38) & (gl.abs(a) < 1e38)
-    gl.store(flags + HALF, gl.max(gl.where(live & (finite == 0), 1, 0), 0))
+    again = live & (finite == 0)
+    if SEGMENTS:
+        again = again | (inside & (full_and_kind & GENERAL != 0))
+    gl.store(flags + HALF, gl.max(gl.where(again, 1, 0), 0))
 
 
 @gluon.jit(do_not_specialize=["heads", "group", "seq_len", "first_row", "keys_end"])
 def forward_kernel(
-    q_s, k_s, q_t, k_t, segments, bounds, kl, pivot_s, pivot_t, sum_s, sum_t, flags, heads, group, seq_len,
+    q_s, k_s, q_t, k_t, starts, bounds, kl, pivot_s, pivot_t, sum_s, sum_t, flags, heads, group, seq_len,
     first_row, keys_end, log2_scale,
     N: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SLOTS: gl.constexpr, SEGMENTS: gl.constexpr, VISIT: gl.constexpr,
 ):  # fmt: skip
@@ -231,9 +238,9 @@ def forward_kernel(
 
     q and k are descriptors of [B, H, T, channels] in blocks [1, 1, 64, D] and [1, 1, N, D], of which K channels are
     used; kl float32 [B, H, T], the sums too (see `triton_kernels.relative_sum`); flags int32 [B, H, row tiles, 2];
-    bounds from `segment_kernels.tile_bounds(ids, 128, N)`. In a visit kl is a, the sums are themselves, and relative to
-    the pivots (`torch_visit.State`); otherwise pivots, first_row and keys_end are not looked at. The grid is
-    `tiles.grid`'s.
+    starts and bounds from `segment_kernels.starts_and_bounds`. In a visit kl is a, the sums are themselves, and
+    relative to the pivots (`torch_visit.State`); otherwise pivots, first_row and keys_end are not looked at. The grid
+    is `tiles.grid`'s.
     """
     dtype: gl.constexpr = q_s.dtype
     tiles = gl.cdiv(seq_len, ROWS)
@@ -243,7 +250,7 @@ def forward_kernel(
     batch = sequence // heads
     head = sequence % heads
     start = tile * ROWS
-    segments += batch.to(gl.int64) * seq_len
+    starts += batch.to(gl.int64) * seq_len
     last = last_keys(tile, keys_end, N, VISIT)
     bounds += (batch * tiles + tile) * 5
     own = start
@@ -270,12 +277,12 @@ def forward_kernel(
     gl.warp_specialize(
         [
             (_forward_rows, (
-                segments, bounds, kl, pivot_s, pivot_t, sum_s, sum_t, flags, sequence, start, last, seq_len,
+                starts, bounds, kl, pivot_s, pivot_t, sum_s, sum_t, flags, sequence, start, last, seq_len,
                 first_row, keys_end, log2_scale, own_s, own_t, own_ready, ring, ready, free,
                 0, N, D, K, SLOTS, SEGMENTS, VISIT,
             )),
             (_forward_rows, (
-                segments, bounds, kl, pivot_s, pivot_t, sum_s, sum_t, flags, sequence, start, last, seq_len,
+                starts, bounds, kl, pivot_s, pivot_t, sum_s, sum_t, flags, sequence, start, last, seq_len,
                 first_row, keys_end, log2_scale, own_s, own_t, own_ready, ring, ready, free,
                 1, N, D, K, SLOTS, SEGMENTS, VISIT,
             )),

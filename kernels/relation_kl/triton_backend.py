@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from .launch import launch
-from .segment_kernels import tile_bounds
+from .segment_kernels import starts_and_bounds, tile_bounds
 from .tiles import (
     HOPPER_ROWS,
     Pipeline,
@@ -48,8 +48,8 @@ def forward(operands: Operands, softmax_scale: float, segment_ids: Tensor | None
 
     From the general kernels, and from the Hopper ones for more than 128 channels, that is the maximum of each row's
     logits, of student and of teacher, in units of log 2, and 1 / sum of the exponentials, of both; from the other
-    Hopper ones see `triton_kernels.relative_sum`, of both; with segment_ids those hand on their tiles' bounds,
-    which are int32, and the same in backward (`segment_kernels.tile_bounds`).
+    Hopper ones see `triton_kernels.relative_sum`, of both; with segment_ids those hand on what backward needs, too,
+    int32 (`segment_kernels.starts_and_bounds`).
     """
     q, k = operands.student_q, operands.student_k
     batch, heads, seq_len, _ = q.shape
@@ -58,11 +58,12 @@ def forward(operands: Operands, softmax_scale: float, segment_ids: Tensor | None
     if pipeline is not None:
         from . import hopper_backend
 
-        segments = _segments(names, HOPPER_ROWS, pipeline.block_n)
+        rows = None if names is None else starts_and_bounds(names, HOPPER_ROWS, pipeline.block_n)
         with on_device_of(q):
-            kl, sum_s, sum_t, flags = hopper_backend.forward(operands, softmax_scale, pipeline, segments)
+            kl, sum_s, sum_t, flags = hopper_backend.forward(operands, softmax_scale, pipeline, rows)
+        segments = None if names is None or rows is None else (names, rows[1])
         forward_again(operands, softmax_scale, segments, flags, kl, sum_s, sum_t)
-        return kl, (sum_s, sum_t) if segments is None else (sum_s, sum_t, segments[1])
+        return kl, (sum_s, sum_t, *(rows or ()))
 
     wide = wide_pipeline_of(operands)
     if wide is not None:
@@ -163,7 +164,7 @@ def backward(
     g = g.contiguous()
     names = _names(segment_ids)
     wide = wide_pipeline_of(operands)
-    of_hopper = len(statistics) < 4
+    of_hopper = len(statistics) == 2 or statistics[2].dtype == torch.int32
     if unit is not None and (wide is not None or of_hopper):  # the general kernels do it themselves
         g, unit = g * BOOST, unit / BOOST
     if of_hopper:
@@ -171,8 +172,8 @@ def backward(
 
         pipeline = _pick(q[0])
         assert pipeline is not None
-        sum_s, sum_t, *bounds = statistics
-        segments = None if names is None else (names, bounds[0])
+        sum_s, sum_t, *rows = statistics
+        segments = None if names is None else (names, rows[0], rows[1])
         with on_device_of(q[0]):
             return hopper_backend.backward(operands, softmax_scale, pipeline, segments, sum_s, sum_t, g, unit)
     if wide is not None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import torch_visit
 from .launch import launch
-from .segment_kernels import tile_bounds
+from .segment_kernels import starts_and_bounds, tile_bounds
 from .tiles import HOPPER_ROWS, Pipeline
 from .torch_backend import Operands
 from .torch_visit import State, Visit
@@ -50,6 +50,12 @@ class Places:
     def bounds(self, block_m: int, block_n: int) -> tuple[Tensor, Tensor] | None:
         """Ids, and `tile_bounds` of the common sequence."""
         return None if self.names is None else (self.names, tile_bounds(self.names, block_m, block_n))
+
+    def starts_and_bounds(self, block_m: int, block_n: int) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Ids, and `segment_kernels.starts_and_bounds` of the common sequence."""
+        if self.names is None:
+            return None
+        return self.names, *starts_and_bounds(self.names, block_m, block_n, self.first_row, self.keys_end)
 
 
 def places_of(visit: Visit) -> Places:
@@ -114,11 +120,13 @@ def forward(visit: Visit, scale: float, pivots: tuple[Tensor, Tensor]) -> State:
 
     # Where a row tile is done again it gets pivots of its own.
     m_s, m_t = pivots[0].clone(), pivots[1].clone()
-    segments = places.bounds(HOPPER_ROWS, pipeline.block_n)
+    segments = places.starts_and_bounds(HOPPER_ROWS, pipeline.block_n)
+    rows = None if segments is None else segments[1:]
     with on_device_of(q):
         flags = hopper_backend.forward_visit(
-            _fetchable(visit), places, scale, pipeline, segments, (m_s, m_t), (l_s, l_t, a)
+            _fetchable(visit), places, scale, pipeline, rows, (m_s, m_t), (l_s, l_t, a)
         )
+    segments = None if segments is None else (segments[0], segments[2])
     tile = replace(tiles_of(q).forward, block_m=HOPPER_ROWS)
     count = flags.numel() // 2
     outputs = flags, a, m_s, m_t, l_s, l_t
@@ -173,7 +181,7 @@ def backward(
     if pipeline is not None:
         from . import hopper_backend
 
-        segments = places.bounds(HOPPER_ROWS, pipeline.block_n)
+        segments = places.starts_and_bounds(HOPPER_ROWS, pipeline.block_n)
         with on_device_of(visit.q_s):
             hopper_backend.backward_visit(
                 _fetchable(visit), places, scale, pipeline, segments, statistics, row_grad, q_grad, k_grad

@@ -9,7 +9,7 @@ import relation_kl as rk
 import tile_bounds_reference as reference
 import torch
 from relation_kl import segment_kernels
-from relation_kl.segment_kernels import ALIKE, MIXED, PADDED, tile_bounds
+from relation_kl.segment_kernels import ALIKE, GENERAL, MIXED, PADDED, starts_and_bounds, tile_bounds
 from relation_kl.tiles import (
     HOPPER_ROWS,
     divide_last_wave,
@@ -142,6 +142,65 @@ def test_tile_bounds_of_random_segments(
         check_bounds(ids, bounds, block_m, block_n)
         if kind in ("rising", "falling"):
             assert torch.equal(bounds[..., :4], reference.tile_bounds(ids, block_m, block_n))
+
+
+def check_starts(ids: torch.Tensor, bounds: torch.Tensor, starts: torch.Tensor, block: int, keys_end: int) -> None:
+    """Of all row tiles that are not GENERAL the keys from a row's first one to its last one are those it sees. Rows
+    begin at the first multiple of block after keys_end; without a visit keys_end is 0."""
+    seq_len = ids.shape[1]
+    index = torch.arange(seq_len)
+    visible = reference.related(ids) & (index[:, None] >= index)
+    ends = index
+    if keys_end > 0:
+        visible = visible & (index < keys_end)
+        ends = index.clamp(max=keys_end - 1)
+    said = (index >= starts[:, :, None]) & (index <= ends[:, None])
+    general = (bounds[..., 4] >= GENERAL.value).repeat_interleave(block, 1)[:, :seq_len]
+    first_row = -(-keys_end // block) * block
+    assert torch.equal(said[:, first_row:][~general[:, first_row:]], visible[:, first_row:][~general[:, first_row:]])
+
+
+@pytest.mark.parametrize("kind", ["left", "right", "all_masked", "one_key", "windows", "documents"])
+def test_starts(kind: str, device: torch.device) -> None:
+    torch.manual_seed(0)
+    for seq_len in (1, 41, 129):
+        ids = segment_ids_of(kind, 2, seq_len)
+        assert ids is not None
+        starts, bounds = (x.cpu() for x in starts_and_bounds(ids.contiguous().to(device), 16, 8))
+        assert bool((bounds[..., 4] < GENERAL.value).all())
+        check_starts(ids, bounds, starts, 16, 0)
+
+
+@pytest.mark.parametrize("kind", ["rising", "falling", "shuffled", "recurring", "interleaved"])
+def test_starts_of_random_segments(kind: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right or GENERAL, in visits, too, and never GENERAL where ids rise or fall without padding."""
+    monkeypatch.setattr(segment_kernels, "_TOKENS", 64)
+    monkeypatch.setattr(segment_kernels, "_CHUNK", 4)
+    torch.manual_seed(2)
+    general = torch.zeros(2, dtype=torch.long)
+    for seq_len in (3, 96, 301):
+        for ids in (random_ids(kind, 4, seq_len), random_ids(kind, 4, seq_len).abs()):
+            if bool((ids >= 0).all()) and kind in ("rising", "falling"):
+                ids = ids.sort(1, descending=kind == "falling").values
+            for keys_end in (0, seq_len // 3, seq_len // 2, -(-seq_len // 32) * 16):
+                names, first_row = ids, 0
+                if keys_end > 0:
+                    first_row = -(-keys_end // 16) * 16
+                    between = ids.new_full((4, first_row - keys_end), -1)
+                    names = torch.cat([ids[:, :keys_end], between, ids[:, keys_end:]], 1)
+                if first_row == names.shape[1]:
+                    continue
+                found = starts_and_bounds(names.to(device), 16, 8, first_row, keys_end)
+                starts, bounds = (x.cpu() for x in found)
+                plain = tile_bounds(names.to(device), 16, 8).cpu()
+                assert torch.equal(bounds[..., :4], plain[..., :4])
+                assert torch.equal(bounds[..., 4] % GENERAL.value, plain[..., 4])
+                check_starts(names, bounds, starts, 16, keys_end)
+                of_rows = bounds[:, first_row // 16 :, 4] >= GENERAL.value
+                general += torch.tensor([int(of_rows.sum()), of_rows.numel()])
+                if bool((ids >= 0).all()) and kind in ("rising", "falling"):
+                    assert not of_rows.any()
+    assert 0 < general[0] < general[1]
 
 
 def test_work_falls_with_the_square_of_the_segment_length(device: torch.device) -> None:
