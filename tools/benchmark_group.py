@@ -276,7 +276,8 @@ def _computation_only(made: Pool) -> Iterator[None]:
     def random_like(x: Tensor) -> Tensor:
         found = made.setdefault((x.shape, x.dtype), deque())
         while len(found) < 4:  # at once, in the call that warms up
-            found.append(torch.randn_like(x) if x.is_floating_point() else torch.zeros_like(x))
+            like = torch.randn if x.is_floating_point() else torch.zeros
+            found.append(like(x.shape, dtype=x.dtype, device=x.device))
         found.rotate()
         return found[0]
 

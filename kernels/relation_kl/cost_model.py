@@ -54,8 +54,9 @@ class Machine:
             `nccl_options` (README.md); a 400 Gb/s link has 50 by its name.
         launch_seconds: no visit of a chunk's rows to a chunk's keys is faster: the host's launches; not measured.
         message_seconds: before the first byte of a step arrives; not measured.
-        memory_gb_s: of passes over buffers: shards cut into chunks, gradients zeroed, added up and cast. For 64K tokens
-            on two H100 1.6 GB took 0.9 ms before the first visit, and 2.4 GB 0.8 ms at the end.
+        memory_gb_s: of passes over buffers: pivots, chunks copied to be sent, gradients zeroed, added up and cast. For
+            64K tokens on two H100, when whole shards were copied at the beginning, 1.6 GB took 0.9 ms before the first
+            visit, and 2.4 GB 0.8 ms at the end.
     """
 
     tflops: float = 540.0
@@ -191,9 +192,9 @@ def _pass(relation: Relation, ranks: int, machine: Machine, backward: bool, apar
     vectors = chunk * relation.head_dim
     # With a row come numbers: its pivots, of student and teacher, and the upstream gradient.
     numbers = (1 if backward else 2) if apart else 3
-    row = relation.heads * (2 * vectors * relation.element_size + numbers * chunk * FP32)
-    if backward and not apart:
-        row = 0
+    row_vectors, row = relation.heads * 2 * vectors * relation.element_size, 0
+    if not backward or apart:
+        row = row_vectors + relation.heads * numbers * chunk * FP32
     # What a row gives; at once, its divergence goes back with its gradient.
     result = relation.heads * FP32 * ((vectors if backward else 0) + (chunk if apart != backward else 0))
     key = relation.key_heads * 2 * vectors * relation.element_size
@@ -250,32 +251,32 @@ def _pass(relation: Relation, ranks: int, machine: Machine, backward: bool, apar
         link = max(link, busy) + _transfer(away * result, away * result, machine)
         seconds = max(link, busy + itself - first)
         if ranks > 1:
-            seconds += (
-                _passes(relation, vectors, backward, apart, away, sum(needed), sum(given)) / machine.memory_gb_s / 1e9
-            )
+            copied = (away * row_vectors if row else 0) + sum(given[held:]) * key
+            passes = _passes(relation, vectors, backward, away, copied, sum(needed), sum(given))
+            seconds += passes / machine.memory_gb_s / 1e9
         received = away * (row + result) + sum(needed[held:]) * key + sum(given) * gradient
         sent = away * (row + result) + sum(given[held:]) * key + sum(needed) * gradient
         found.append(_Pass(received, sent, seconds))
     return found
 
 
-def _passes(relation: Relation, vectors: int, backward: bool, apart: bool, away: int, needed: int, given: int) -> int:
+def _passes(relation: Relation, vectors: int, backward: bool, away: int, copied: int, needed: int, given: int) -> int:
     """Bytes read and written beside the visits in a pass of a rank, see `Machine.memory_gb_s`.
 
     Args:
         relation: what is computed.
         vectors: elements of a chunk of a head.
         backward: which pass.
-        apart: see `sequence`.
         away: its own chunks that are computed elsewhere; as many of others' are computed here.
+        copied: bytes of rows and keys that are sent: of several heads, which lie apart.
         needed: chunks of keys that come, with a gradient to go back.
         given: chunks of keys that go, with a gradient to come back.
     """
     both = 0 if relation.is_self else relation.key_heads
-    total = 0
-    if not backward or apart:  # a shard of student and of teacher read and written, and read for the pivots
-        total += 2 * 2 * relation.element_size * vectors * (relation.heads + both) * (2 if backward else 3)
-    if backward:
+    total = 2 * copied
+    if not backward:  # a shard of student and of teacher is read for the pivots
+        total += 2 * 2 * relation.element_size * vectors * (relation.heads + both)
+    else:
         zeroed = (2 + needed) * relation.key_heads + (away if relation.is_self else 2) * relation.heads
         added = given * relation.key_heads + (away * relation.heads if relation.is_self else 0)
         total += FP32 * vectors * (zeroed + 3 * added)

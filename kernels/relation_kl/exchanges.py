@@ -105,8 +105,8 @@ class Exchanges:
         return found, start(operations)
 
     def send(self, x: Tensor, peer: int) -> dist.P2POp:
-        """What `start` is to start."""
-        return dist.P2POp(dist.isend, x, group=self.group, group_peer=peer)
+        """What `start` is to start; where x has gaps it holds a copy, which lives until the work was waited for."""
+        return dist.P2POp(dist.isend, x.contiguous(), group=self.group, group_peer=peer)
 
     def receive(self, x: Tensor, peer: int) -> dist.P2POp:
         """What `start` is to start."""
@@ -150,8 +150,8 @@ class Returns:
 
 
 def room(x: Tensor) -> Tensor:
-    """For something like x that comes in."""
-    return torch.empty_like(x)
+    """For something of x's shape and type that comes in; contiguous, however x lies."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def start(operations: list[dist.P2POp]) -> list[Any]:

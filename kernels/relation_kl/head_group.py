@@ -33,11 +33,11 @@ class Rows(NamedTuple):
 
 @dataclass
 class Job:
-    """What this rank does for a group of heads: its own keys, cut into chunks once, and the rows that it computes.
+    """What this rank does for a group of heads: its own keys, by chunks, and the rows that it computes.
 
     Attributes:
         exchanges: this rank's, with the plan.
-        keys: this rank's chunks.
+        keys: this rank's chunks; of these, and of `own`, vectors are views of the caller's tensors.
         own: the rows of this rank's chunks that it computes itself.
         foreign: those of other ranks' chunks; not to be looked at before `works` were waited for.
         works: what brings them.
@@ -67,12 +67,6 @@ class Job:
         yield from self.keys.items()
         for each in self.foreign if self.plan.shared else ():
             yield each.chunk, [each.q_s, each.q_t, *([] if each.ids is None else [each.ids])]
-
-    def forget(self) -> None:
-        """Lets go of this rank's keys that its own rows do not see; to be called when they have all been sent."""
-        for chunk in self.plan.own:
-            if not any(self.plan.sees[rows.chunk][chunk] for rows in self.own):
-                del self.keys[chunk]
 
     def visits(self, keys: Chunk, chunk: int, rows: Sequence[Rows]) -> Iterator[tuple[Rows, Visit]]:
         """The visits of the chunk by those rows that may see it."""
@@ -129,8 +123,3 @@ def empty_gradients(operands: Operands) -> tuple[Tensor, Tensor | None]:
 
 def of_heads(grads: tuple[Tensor, Tensor | None], heads: slice, key_heads: slice) -> tuple[Tensor, Tensor | None]:
     return grads[0][:, heads], None if grads[1] is None else grads[1][:, key_heads]
-
-
-def cut(x: Tensor, span: slice) -> Tensor:
-    """A chunk of [B, H, T, ...] or, of ids, [B, T]."""
-    return (x[:, span] if x.dim() == 2 else x[:, :, span]).contiguous()

@@ -30,9 +30,14 @@ OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
 
 
 def can_fetch(operands: Operands) -> bool:
-    """Whether TMA can read all four: channels side by side, everything else at multiples of 16 bytes."""
+    """Whether TMA can read all four."""
     keys = () if operands.self_relation else (operands.student_k, operands.teacher_k)
-    return all(_fetchable(x) for x in (operands.student_q, operands.teacher_q, *keys))
+    return all(fetchable(x) for x in (operands.student_q, operands.teacher_q, *keys))
+
+
+def fetchable(x: Tensor) -> bool:
+    """Whether TMA can read x [B, H, T, D]: channels side by side, everything else at multiples of 16 bytes."""
+    return x.data_ptr() % 16 == 0 and _strides_fit(x.shape, x.stride(), x.element_size())
 
 
 def forward(
@@ -188,7 +193,7 @@ def forward_visit(
     """What `triton_visit.forward` asks for: writes the sums, and returns flags as `forward` does.
 
     Args:
-        visit: for whose tensors `can_fetch` holds.
+        visit: with tensors that are `fetchable`.
         places: of the visit.
         softmax_scale: factor of the logits.
         pipeline: as for `forward`.
@@ -332,10 +337,6 @@ def _blank_descriptor(
     else:
         layout = gl.NVMMASharedLayout.get_default_for(block, _TYPES[dtype])
     return TensorDescriptor(torch.empty(0, dtype=dtype), list(shape), [*outer, 1], block, layout)
-
-
-def _fetchable(x: Tensor) -> bool:
-    return x.data_ptr() % 16 == 0 and _strides_fit(x.shape, x.stride(), x.element_size())
 
 
 @lru_cache(maxsize=1024)

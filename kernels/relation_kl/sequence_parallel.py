@@ -19,7 +19,9 @@ would run alone. A group gives way where it is to wait for rows or results of ot
 about as much; in between, where some have done more than others, it does not, for who comes first to an exchange waits,
 and holds multiprocessors meanwhile.
 
-Of each group a rank holds its own two chunks, the rows that it computes, two chunks of keys and, in backward, gradients
+A rank's own chunks are visited where they lie in the caller's tensors. Only what is sent is copied, for exchanges want
+it contiguous: for each rank anew, and for as long as it is on its way. Of each group a rank holds the rows of others
+that it computes, two chunks of keys, copies of four chunks at most on their way to others and, in backward, gradients
 of eight chunks at most: memory O(T), T the local length, whatever P is; and no more than two groups of heads at once.
 """
 
@@ -35,7 +37,7 @@ from torch import Tensor
 
 from .chunk_plan import Plan, make_plan
 from .exchanges import AT_ONCE, Exchanges, Returns, wait
-from .head_group import Chunk, Heads, Job, Rows, by_heads, cut, empty_gradients, halves, of_heads
+from .head_group import Chunk, Heads, Job, Rows, by_heads, empty_gradients, halves, of_heads
 from .torch_backend import Operands
 from .torch_visit import State, exactly, working
 
@@ -132,8 +134,9 @@ class SequenceParallel:
         values, grads = torch.empty(q.shape[:3], dtype=working(q), device=q.device), empty_gradients(operands)
 
         def work(part: Operands, heads: slice, key_heads: slice, ids: Tensor | None) -> Iterator[None]:
-            numbers = torch.stack([*self._pivots(part, softmax_scale, ids), prepared[:, heads]])
-            job = self._start(plan, part, ids, numbers)
+            job = self._start(
+                plan, part, ids, torch.stack([*self._pivots(part, softmax_scale, ids), prepared[:, heads]])
+            )
             of_rows = yield from self._forward(job, softmax_scale, keep=True)
             job.own, job.foreign = ([x._replace(numbers=x.numbers[2:]) for x in y] for y in (job.own, job.foreign))
             of_part = of_heads(grads, heads, key_heads)
@@ -208,8 +211,7 @@ class SequenceParallel:
         # are here.
         both = operands.self_relation
         k_grads = {chunk: nothing_yet(job.keys[chunk][0]) for chunk in plan.own}
-        q_grads = {x.chunk: k_grads[x.chunk] if both and x.chunk in k_grads else nothing_yet(x.q_s) for x in job.rows}
-        known = q_grads | k_grads if both else k_grads
+        q_grads = {x.chunk: k_grads[x.chunk] if both else nothing_yet(x.q_s) for x in job.own}
 
         def visit_all(keys: Chunk, chunk: int, rows: Sequence[Rows], k_grad: Tensor, part: Heads | None = None) -> None:
             for each, visit in job.visits(keys, chunk, rows):
@@ -234,17 +236,20 @@ class SequenceParallel:
             visit_itself(first)
             yield
             wait(job.works)
+        # No sooner: the wait lets go of copies of the rows that were sent.
+        q_grads |= {x.chunk: nothing_yet(x.q_s) for x in job.foreign}
+        known = q_grads | k_grads if both else k_grads
         for chunk, keys in job.home():
             visit_all(keys, chunk, job.foreign if chunk in job.keys else job.rows, known[chunk])
         returns = Returns(job.exchanges, k_grads)
         for step, chunk, keys in stream:
-            if step == plan.steps[0]:  # the last one: all are sent
-                job.forget()
             found = nothing_yet(keys[0]) if keys else None
             if found is not None:
                 visit_all(keys, chunk, job.rows, found)
+            del keys
             returns.send(step, found)
-            del keys, found
+            del found
+        job.foreign.clear()
         for chunk, q_grad in q_grads.items():
             job.results[chunk] = [q_grad, *job.results.get(chunk, [])]
         shapes = {}
@@ -253,10 +258,7 @@ class SequenceParallel:
             shape = self.visits.gradient_shape(q[:, :, plan.span(chunk)])
             shapes[chunk] = [k_grads[chunk].new_empty(1).expand(shape), *of_values]
         results, works = job.exchanges.results(job.results, shapes)
-        job.foreign.clear()
         visit_itself(last)
-        job.own.clear()
-        job.keys.clear()
         yield
         returns.finish()
         wait(works)
@@ -285,18 +287,13 @@ class SequenceParallel:
         return self.visits.prepare(row_grad, operands.student_q.dtype, scale, self.group)
 
     def _start(self, plan: Plan, operands: Operands, segment_ids: Tensor | None, numbers: Tensor) -> Job:
-        """Cuts the shard into chunks, and sends for the rows of other ranks; numbers [n, B, H, T], see `Rows`."""
-        ids = [] if segment_ids is None else [segment_ids]
+        """The shard by chunks, with the rows of other ranks on their way; numbers [n, B, H, T], see `Rows`."""
         keys, rows = {}, {}
         for chunk in plan.own:
             span = plan.span(chunk)
-            keys[chunk] = [cut(x, span) for x in (operands.student_k, operands.teacher_k, *ids)]
-            queries = (
-                keys[chunk][:2]
-                if operands.self_relation
-                else [cut(x, span) for x in (operands.student_q, operands.teacher_q)]
-            )
-            rows[chunk] = [*queries, numbers[..., span].contiguous(), *(cut(x, span) for x in ids)]
+            q_s, k_s, q_t, k_t = (x[:, :, span] for x in operands[:4])
+            ids = [] if segment_ids is None else [segment_ids[:, span].contiguous()]
+            keys[chunk], rows[chunk] = [k_s, k_t, *ids], [q_s, q_t, numbers[..., span].contiguous(), *ids]
 
         def named(chunk: int, tensors: list[Tensor]) -> Rows:
             q_s, q_t, numbers, *names = tensors

@@ -27,7 +27,7 @@ _LARGE = 2.0**80
 class Visit(NamedTuple):
     """Rows and keys, none of which comes after any row, or the chunk with itself (`diagonal`).
 
-    Contiguous; rows and keys whose ids are negative may hold anything.
+    Vectors may have any strides, ids are contiguous; rows and keys whose ids are negative may hold anything.
     """
 
     q_s: Tensor  # [B, H, R, D]
@@ -40,8 +40,8 @@ class Visit(NamedTuple):
 
     def of_heads(self, heads: slice, key_heads: slice) -> Visit:
         """Of some heads of the rows, and of their keys."""
-        q_s, q_t = (x[:, heads].contiguous() for x in (self.q_s, self.q_t))
-        k_s, k_t = (x[:, key_heads].contiguous() for x in (self.k_s, self.k_t))
+        q_s, q_t = self.q_s[:, heads], self.q_t[:, heads]
+        k_s, k_t = self.k_s[:, key_heads], self.k_t[:, key_heads]
         return self._replace(q_s=q_s, q_t=q_t, k_s=k_s, k_t=k_t)
 
 

@@ -100,7 +100,7 @@ def forward(visit: Visit, scale: float, pivots: tuple[Tensor, Tensor]) -> State:
     """What the rows see of the keys.
 
     Args:
-        visit: contiguous tensors of the types that the Triton backend takes.
+        visit: tensors of the types that the Triton backend takes.
         scale: softmax_scale.
         pivots: float32 [B, H, R] of student and teacher, the logit with the own key in units of log 2
             (`torch_visit.own_logits`). What overflows relative to them is done again with a running maximum.
@@ -258,11 +258,18 @@ def _launch(
 
 
 def _pipeline(x: Tensor) -> Pipeline | None:
-    """The Hopper kernels' shapes for chunks like x, contiguous, whatever their lengths; or None."""
+    """The Hopper kernels' shapes for chunks like x, whatever their lengths, or None.
+
+    How x lies makes no difference: on other ranks it lies otherwise, and its gradient is to be in the same order there.
+    """
     return hopper_pipeline(x) if x.shape[3] * x.element_size() % 16 == 0 else None
 
 
 def _fetchable(visit: Visit) -> Visit:
-    """With copies of tensors that begin where TMA cannot read."""
-    q_s, q_t, k_s, k_t = (x if x.data_ptr() % 16 == 0 else x.clone() for x in visit[:4])
+    """With copies of tensors that TMA cannot read where they lie."""
+    from . import hopper_backend
+
+    q_s, q_t, k_s, k_t = (
+        x if hopper_backend.fetchable(x) else x.clone(memory_format=torch.contiguous_format) for x in visit[:4]
+    )
     return visit._replace(q_s=q_s, q_t=q_t, k_s=k_s, k_t=k_t)

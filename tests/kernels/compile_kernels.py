@@ -88,8 +88,9 @@ def launch(
     torch.use_deterministic_algorithms(deterministic)
     student, teacher = (torch.zeros(1, 2, 256, head_dim, dtype=getattr(torch, dtype)) for _ in range(2))
     if visit:
-        of_rows = torch.zeros(1, 2, 256)
-        row_ids = torch.zeros(1, 256, dtype=torch.int64) if segments else None
+        student, teacher = (x[:, :, 128:] for x in (student, teacher))  # a chunk of a shard
+        of_rows = torch.zeros(1, 2, 128)
+        row_ids = torch.zeros(1, 128, dtype=torch.int64) if segments else None
         both = Visit(student, teacher, student, teacher, row_ids, row_ids, False)
         triton_visit.forward(both, 1.0, (of_rows, of_rows))
         gradients = [torch.zeros(triton_visit.gradient_shape(student)) for _ in range(2)]

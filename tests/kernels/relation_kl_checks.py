@@ -1,13 +1,18 @@
-"""Cases and the error budget that the tests of relation_kl share."""
+"""Cases, ways for tensors to lie, memory counted and the error budget: what the tests of relation_kl share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import relation_kl as rk
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 class Case(NamedTuple):
@@ -25,6 +30,57 @@ class Result(NamedTuple):
     rows: Tensor
     grad_q: Tensor
     grad_k: Tensor | None
+
+
+# x [B, H, T, D] with the same values.
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "heads in a token": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "misaligned": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+    "every other channel": lambda x: torch.stack([x, x], -1)[..., 0],
+}
+
+
+class Alive(TorchDispatchMode):
+    """The most bytes alive at once, within, of what is made there: of storages of at least `least` bytes.
+
+    Args:
+        least: what is smaller is not counted.
+        inputs: nor are these.
+    """
+
+    def __init__(self, least: int, *inputs: Tensor) -> None:
+        super().__init__()
+        self.least, self.most, self.looking = least, 0, True
+        self.inputs = {x.untyped_storage()._cdata for x in inputs}
+        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self.looking:
+            self.made = {key: found for key, found in self.made.items() if not found[0].expired()}
+            for x in tree_leaves(result):
+                storage = x.untyped_storage() if isinstance(x, Tensor) else None
+                if storage is not None and storage.nbytes() >= self.least and storage._cdata not in self.inputs:
+                    self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+            self.most = max(self.most, sum(size for _, size in self.made.values()))
+        return result
+
+    @contextmanager
+    def but_in(self, module: Any, *names: str) -> Iterator[None]:
+        """Within, what these functions make is not counted."""
+
+        def unseen(function: Any) -> Any:
+            def called(*arguments: Any) -> Any:
+                self.looking = False
+                try:
+                    return function(*arguments)
+                finally:
+                    self.looking = True
+
+            return called
+
+        with patch.multiple(module, **{name: unseen(getattr(module, name)) for name in names}):
+            yield
 
 
 def segment_ids_of(kind: str, batch: int, seq_len: int) -> Tensor | None:

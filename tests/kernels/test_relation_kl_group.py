@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch.multiprocessing as mp
 from other_order import gradients_in_another_order
 from relation_kl import chunk_plan, exchanges, sequence_parallel, torch_backend, torch_visit
 from relation_kl.torch_backend import Operands
+from relation_kl_checks import LAYOUTS, Alive
 from torch import Tensor
 
 
@@ -75,6 +75,8 @@ def check_on_gpus(dtype: torch.dtype, key_heads: int | None) -> None:
     for shard, dim in ((9, 64), (300, 128), (512, 128)):
         for kind in ("one", "crossing", "windows", "right", "documents", "scattered"):
             check(rank, ranks, dist.group.WORLD, dtype, key_heads, shard, kind, "triton", dim, device)
+    for layout in LAYOUTS:
+        check(rank, ranks, dist.group.WORLD, dtype, key_heads, 300, "crossing", "triton", 128, device, layout)
 
 
 def check(
@@ -88,8 +90,10 @@ def check(
     backend: str,
     dim: int = 8,
     device: torch.device | None = None,
+    layout: str | None = None,
 ) -> None:
     device = device or torch.device("cpu")
+    lay = (lambda x: x) if layout is None else LAYOUTS[layout]
     torch.manual_seed(shard)
     batch, heads, length = 2, 4, ranks * shard
     ids = ids_of(kind, batch, length, shard)
@@ -105,8 +109,8 @@ def check(
     mine = slice(rank * shard, (rank + 1) * shard)
 
     def run(cut: slice, kind_of: torch.dtype, function: Any, **options: Any) -> list[Tensor]:
-        leaves = [x[:, :, cut].to(kind_of).requires_grad_() for x in students]
-        rows = function(*leaves, *(x[:, :, cut].to(kind_of) for x in teachers), **options)
+        leaves = [lay(x[:, :, cut].to(kind_of)).requires_grad_() for x in students]
+        rows = function(*leaves, *(lay(x[:, :, cut].to(kind_of)) for x in teachers), **options)
         return [rows.detach(), *torch.autograd.grad(rows, leaves, upstream[:, :, cut].to(rows.dtype))]
 
     name = "relation_kl" if key_heads is None else "attention_kl"
@@ -114,7 +118,7 @@ def check(
     got = run(mine, dtype, getattr(rk, name), segment_ids=shard_ids, group=group, backend=backend)
     one = run(slice(None), dtype, getattr(rk, name), segment_ids=ids, backend="torch")
     truth = run(slice(None), torch.float64, getattr(rk.reference, name), segment_ids=ids)
-    case = f"{name} {dtype} {kind} shard {shard} of {ranks}, key heads {key_heads}, rank {rank}"
+    case = f"{name} {dtype} {kind} shard {shard} of {ranks}, key heads {key_heads}, rank {rank}, {layout}"
     on_cpu = device.type == "cpu"
     for a, b, c in zip(got, one, truth, strict=True):
         b, c = b[:, :, mine].double(), c[:, :, mine]
@@ -176,6 +180,8 @@ def check_in_triton() -> None:
         (torch.float32, 2, 9, "one"),
     ):
         check(rank, ranks, dist.group.WORLD, dtype, key_heads, shard, kind, "triton")
+    for layout in LAYOUTS:
+        check(rank, ranks, dist.group.WORLD, torch.float16, None, 9, "crossing", "triton", layout=layout)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="in Triton's interpreter only: the ranks have no GPU each")
@@ -203,45 +209,65 @@ def test_sharded_is_whole_on_gpus(dtype: torch.dtype, key_heads: int | None, tmp
     spawn(torch.cuda.device_count(), check_on_gpus, tmp_path, dtype, key_heads)
 
 
+def lying_anyhow() -> None:
+    """Chunks are visited where they lie, and sent as if they lay side by side; on one rank otherwise than on others."""
+    rank, ranks, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
+    names = list(LAYOUTS)
+    for key_heads in (None, 2):
+        for kind in ("one", "crossing"):
+            for i in range(len(names)):
+                layout = names[(i + rank) % len(names)]
+                check(rank, ranks, group, torch.float32, key_heads, 9, kind, "torch", layout=layout)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_shards_may_lie_anyhow(ranks: int, tmp_path: Path) -> None:
+    spawn(ranks, lying_anyhow, tmp_path)
+
+
 def count_elements() -> None:
-    """The largest tensor that any rank makes, and what moves, by the plan."""
+    """The largest tensor that any rank makes for what comes in, and what moves, by the plan; what is alive at once."""
     rank, ranks, shard = dist.get_rank(), dist.get_world_size(), 32
-    x = torch.randn(1, 2, shard, 8)
+    x = torch.randn(1, 2, shard, 64, dtype=torch.bfloat16)
+    y, g = x.flip(2), torch.ones(1, 2, shard)
     sizes: list[int] = []
-    empty_like = torch.empty_like
+    room = exchanges.room
 
-    def counted(*arguments: Any, **options: Any) -> Tensor:
-        result = empty_like(*arguments, **options)
-        sizes.append(result.numel())
-        return result
+    def counted(like: Tensor) -> Tensor:
+        sizes.append(like.numel())
+        return room(like)
 
-    torch.empty_like = counted
-    rk.relation_kl_value_and_grad(x, x.flip(2), torch.ones(1, 2, shard), group=dist.group.WORLD, backend="torch")
+    exchanges.room = counted
+    rk.relation_kl_value_and_grad(x, y, g, group=dist.group.WORLD, backend="torch")
+    exchanges.room = room
     assert max(sizes) <= x.numel() // 2, "a buffer is a chunk: half a shard"
     # rows: one of two chunks is another rank's; keys: student and teacher, forward and backward, and their gradients
     assert sum(sizes) <= (2 * 5 + 5 * 2 * (ranks - 1)) * x.numel() // 2, (rank, sum(sizes))
 
-    # Alive at any time: a chunk of keys and the next one, student's and teacher's, and the rows of one chunk, not
-    # counting what has one number a row.
-    made: list[weakref.ref[Tensor]] = []
-    alive: list[int] = []
-
-    def watched(*arguments: Any, **options: Any) -> Tensor:
-        result = empty_like(*arguments, **options)
-        if result.shape[-1] == x.shape[-1]:
-            made.append(weakref.ref(result))
-        alive.append(sum(ref() is not None for ref in made))
-        return result
-
-    torch.empty_like = watched
+    # In chunks, of student and teacher or of a gradient, not counting what has one number a row. In forward the rows of
+    # one chunk and the keys of two come in, while copies of as many go out. In backward, when no rows are on their way:
+    # rows of one chunk, keys of two, a copy of one, gradients of its own two, of the rows, of two chunks of keys and of
+    # one that comes in.
+    chunk = x.nbytes
     parallel = sequence_parallel.SequenceParallel(dist.group.WORLD, torch_backend, torch_visit)
-    parallel.forward(Operands(x, x, x, x, True), 1.0, None)
-    torch.empty_like = empty_like
-    assert max(alive) <= 2 * 2 + 2, alive
+    operands = Operands(x, x, y, y, True)
+
+    def most(function: Callable[..., Any], *arguments: Any) -> float:
+        with Alive(chunk // 2, x, y) as alive, alive.but_in(torch_visit, "forward", "backward", "own_logits"):
+            found = function(operands, 1.0, None, *arguments)
+        returned = x.nbytes if function != parallel.forward else 0
+        del found
+        return (alive.most - returned) / chunk
+
+    *_, statistics = parallel.forward(operands, 1.0, None)
+    found = most(parallel.forward), most(parallel.backward, statistics, g), most(parallel.value_and_grad, g)
+    bounds = (4, 6, 6) if ranks == 2 else (6, 10, 10)
+    assert all(a <= b for a, b in zip(found, bounds, strict=True)), found
 
 
-def test_memory_is_that_of_a_shard(tmp_path: Path) -> None:
-    spawn(6, count_elements, tmp_path)
+@pytest.mark.parametrize("ranks", [2, 6])
+def test_memory_is_that_of_a_shard(ranks: int, tmp_path: Path) -> None:
+    spawn(ranks, count_elements, tmp_path)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

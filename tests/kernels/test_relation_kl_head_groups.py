@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import relation_kl as rk
 import torch
 import torch.distributed as dist
-from relation_kl import chunk_plan
+from relation_kl import chunk_plan, torch_visit
 from relation_kl.chunk_plan import head_groups
 from relation_kl.head_group import take_turns
+from relation_kl_checks import Alive
 from test_relation_kl_group import check, on_gpus, spawn
-from torch import Tensor
 
 
 @pytest.mark.parametrize(
@@ -106,28 +104,15 @@ def test_groups_of_heads_give_the_same(ranks: int, tmp_path: Path) -> None:
 
 
 def count_bytes() -> None:
-    """Buffers of exchanges and gradients that are alive at once, for one group of heads and for eight."""
-    x, upstream = torch.randn(1, 8, 32, 8), torch.ones(1, 8, 32)
-    originals = torch.empty_like, torch.zeros
-    peaks = []
+    """Chunks and gradients that are alive at once, for one group of heads and for eight."""
+    x, upstream = torch.randn(1, 8, 32, 64), torch.ones(1, 8, 32)
+    y, peaks = x.flip(2), []
     for pairs in (512, 1):
-        made: list[tuple[weakref.ref[Tensor], int]] = []
-        alive: list[int] = []
-
-        def watching(function: Any, made: Any = made, alive: Any = alive) -> Any:
-            def watched(*arguments: Any, **options: Any) -> Tensor:
-                result = function(*arguments, **options)
-                made.append((weakref.ref(result), result.nbytes))
-                alive.append(sum(size for ref, size in made if ref() is not None))
-                return result
-
-            return watched
-
         _in_groups(pairs)
-        torch.empty_like, torch.zeros = map(watching, originals)
-        rk.relation_kl_value_and_grad(x, x.flip(2), upstream, group=dist.group.WORLD, backend="torch")
-        torch.empty_like, torch.zeros = originals
-        peaks.append(max(alive))
+        # What a head has of a chunk is more than all heads have of numbers of rows.
+        with Alive(x.nbytes // 16, x, y) as alive, alive.but_in(torch_visit, "forward", "backward", "own_logits"):
+            rk.relation_kl_value_and_grad(x, y, upstream, group=dist.group.WORLD, backend="torch")
+        peaks.append(alive.most - x.nbytes)  # the returned gradient
     assert peaks[1] <= 2 / 8 * peaks[0], peaks
 
 

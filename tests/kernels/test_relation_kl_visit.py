@@ -6,6 +6,7 @@ the general ones.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from relation_kl import torch_visit
 from relation_kl.tiles import pick_pipeline
 from relation_kl.torch_visit import State, Visit
+from relation_kl_checks import LAYOUTS
 from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="needs triton, which is not installed")
@@ -43,7 +45,13 @@ def ids_vary(kind: str) -> bool:
 
 
 def visited(
-    visits: ModuleType, students: list[Tensor], teachers: list[Tensor], ids: Tensor | None, upstream: Tensor, keys: int
+    visits: ModuleType,
+    students: list[Tensor],
+    teachers: list[Tensor],
+    ids: Tensor | None,
+    upstream: Tensor,
+    keys: int,
+    lay: Callable[[Tensor], Tensor] = Tensor.contiguous,
 ) -> list[Tensor]:
     """Divergence of the rows behind the first `keys` tokens, and gradients of q (of the rows) and k (of all)."""
     q_s, k_s, q_t, k_t = students[0], students[-1], teachers[0], teachers[-1]
@@ -51,7 +59,7 @@ def visited(
     kind = torch.promote_types(q_s.dtype, torch.float32)
 
     def part(x: Tensor, of_rows: bool) -> Tensor:
-        return (x[:, :, keys:] if of_rows else x[:, :, :keys]).contiguous()
+        return lay(x[:, :, keys:] if of_rows else x[:, :, :keys])
 
     row_ids = None if ids is None else ids[:, keys:].contiguous()
     key_ids = None if ids is None else ids[:, :keys].contiguous()
@@ -86,7 +94,7 @@ def truth(students: list[Tensor], teachers: list[Tensor], ids: Tensor | None, up
 
 def check(
     visits: ModuleType, dtype: torch.dtype, dim: int, heads: tuple[int, ...], keys: int, rows: int, kind: str,
-    device: torch.device, loud: float = 1.0,
+    device: torch.device, loud: float = 1.0, lay: Callable[[Tensor], Tensor] = Tensor.contiguous,
 ) -> None:  # fmt: skip
     torch.manual_seed(keys + rows)
     batch = 2 if ids_vary(kind) or ON_GPU else 1
@@ -100,7 +108,7 @@ def check(
         padding = (ids < 0)[:, None, :, None]
         dirty = [[x.masked_fill(padding, float("nan")) for x in tensors] for tensors in clean]
     upstream = torch.randn(batch, rows, heads[0], device=device).transpose(1, 2)
-    got = visited(visits, dirty[0], dirty[1], ids, upstream, keys)
+    got = visited(visits, dirty[0], dirty[1], ids, upstream, keys, lay)
     exact = truth(clean[0], clean[1], ids, upstream, keys, torch.float64)
     plain = truth(clean[0], clean[1], ids, upstream, keys, dtype)
     for name, a, b, c in zip(("rows", "dq", "dk"), got, plain, exact, strict=True):
@@ -132,6 +140,26 @@ def test_kernels(kind: str, dtype: torch.dtype, device: torch.device) -> None:
         for each in heads:
             for dim in (64, 80, 96, 128, 256) if ON_GPU else (16,):
                 check(triton_visit, dtype, dim, each, keys, rows, kind, device)
+
+
+@pytest.mark.parametrize("layout", ["views", *LAYOUTS])
+@pytest.mark.parametrize("visits", [torch_visit, triton_visit], ids=["torch", "triton"])
+def test_chunks_may_lie_anyhow(visits: ModuleType, layout: str, device: torch.device) -> None:
+    lay = LAYOUTS.get(layout, lambda x: x)
+    for dtype in (torch.float32, torch.float16):
+        check(visits, dtype, 128 if ON_GPU else 16, (4, 2), *SHAPES[-1], "right", device, lay=lay)
+
+
+def test_what_tma_cannot_read_is_copied() -> None:
+    """A chunk of some heads is not."""
+    x = torch.randn(2, 4, 40, 24).bfloat16()
+    view = LAYOUTS["heads in a token"](x)[:, 1:3, 20:]
+    odd = [LAYOUTS[name](x)[:, 1:3, 20:] for name in ("misaligned", "every other channel")]
+    visit = Visit(view, odd[0], odd[1], x[:, :2, 20:].mT.contiguous().mT, None, None, False)
+    got = triton_visit._fetchable(visit)
+    assert got.q_s is view
+    for before, after in zip(visit[1:4], got[1:4], strict=True):
+        assert torch.equal(before, after) and hopper_backend.fetchable(after) and not hopper_backend.fetchable(before)
 
 
 @pytest.mark.gpu
