@@ -195,12 +195,14 @@ def _in_groups(call: Callable[[], None], each: int) -> Callable[[], None]:
 
 
 def _times(calls: dict[str, Timed], options: Namespace) -> dict[str, list[float]]:
-    """Milliseconds of the slowest rank, all started together, once warm; the calls in turns."""
+    """Milliseconds of the slowest rank, all started together, once warm; the calls in turns, each time in another
+    order, for after a call that lets a GPU rest the next one is faster."""
     on_gpu = options.device.type == "cuda"
     samples = options.repeats or (8 if on_gpu else 2)
     times = torch.zeros(samples + 1, len(calls), device=options.device)
     for i in range(samples + 1):
-        for j, (within, call) in enumerate(calls.values()):
+        for j in np.random.default_rng(i).permutation(len(calls)):
+            within, call = list(calls.values())[j]
             dist.all_reduce(torch.zeros(1, device=options.device))
             if on_gpu:
                 torch.cuda.synchronize()

@@ -16,7 +16,8 @@ _TILE = 128
 # Pairs of tiles that a visit is to have: 4 ms forward on an H200 at 128 channels, where to begin an exchange takes the
 # host, and the other rank until it takes part, some tenths of one (figures in README.md).
 _VISIT_PAIRS = 2**18
-# Two groups are worked on at a time: with fewer in all, little memory is saved.
+# Two groups are worked on at a time: with fewer in all, little memory is saved. For so many, visits may be half as long
+# where both passes are one call, and rows come in once.
 _LEAST_GROUPS = 4
 
 
@@ -130,24 +131,27 @@ def make_plan(operands: Operands, segment_ids: Tensor | None, group: Any) -> Pla
     return Plan(rank, ranks, lengths, rows, sees, operands.self_relation)
 
 
-def head_groups(heads: int, key_heads: int, batch: int, rows: int) -> list[tuple[slice, slice]]:
+def head_groups(heads: int, key_heads: int, batch: int, rows: int, at_once: bool = False) -> list[tuple[slice, slice]]:
     """Query heads and their key heads that are worked on together: as few as make a visit long beside its exchanges.
 
-    All groups have as many. Where that gives less than `_LEAST_GROUPS` of them, all heads are one group. The numbers
-    are the same on all ranks, and on all devices.
+    All groups have as many. Where that gives less than `_LEAST_GROUPS` of them, all heads are one group, unless both
+    passes are at once and visits of half of that length will do. The numbers are the same on all ranks, and on all
+    devices.
 
     Args:
         heads: H.
         key_heads: Hkv.
         batch: B.
         rows: of the longer chunk.
+        at_once: whether forward and backward are one call.
     """
     shared = heads // key_heads
     pairs = batch * shared * (-(-rows // _TILE)) ** 2
     divisors = [count for count in range(1, key_heads + 1) if key_heads % count == 0]
     count = next((count for count in divisors if count * pairs >= _VISIT_PAIRS), key_heads)
     if key_heads // count < _LEAST_GROUPS:
-        count = key_heads
+        least = max((count for count in divisors if key_heads // count >= _LEAST_GROUPS), default=0)
+        count = least if at_once and 2 * least * pairs >= _VISIT_PAIRS else key_heads
     firsts = range(0, key_heads, count)
     return [(slice(i * shared, (i + count) * shared), slice(i, i + count)) for i in firsts]
 

@@ -77,11 +77,17 @@ class Job:
                 yield each, Visit(each.q_s, each.q_t, k_s, k_t, each.ids, of_keys, each.chunk == chunk)
 
 
-def by_heads(plan: Plan, operands: Operands, segment_ids: Tensor | None, work: Callable[..., Iterator[None]]) -> None:
-    """Runs `work(operands, heads, key_heads, ids)` for each group of heads, see `take_turns`."""
+def by_heads(
+    plan: Plan,
+    operands: Operands,
+    segment_ids: Tensor | None,
+    work: Callable[..., Iterator[None]],
+    at_once: bool = False,
+) -> None:
+    """Runs `work(operands, heads, key_heads, ids)` for each group of heads, see `head_groups` and `take_turns`."""
     q, k = operands.student_q, operands.student_k
     ids = None if segment_ids is None else segment_ids.long()
-    groups = head_groups(q.shape[1], k.shape[1], q.shape[0], plan.lengths[0])
+    groups = head_groups(q.shape[1], k.shape[1], q.shape[0], plan.lengths[0], at_once)
     pieces = []
     for heads, key_heads in groups:
         if operands.self_relation:  # `own_logits` asks whether queries and keys are the same tensor

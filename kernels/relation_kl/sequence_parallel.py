@@ -20,9 +20,10 @@ about as much; in between, where some have done more than others, it does not, f
 and holds multiprocessors meanwhile.
 
 A rank's own chunks are visited where they lie in the caller's tensors. Only what is sent is copied, for exchanges want
-it contiguous: for each rank anew, and for as long as it is on its way. Of each group a rank holds the rows of others
-that it computes, two chunks of keys, copies of four chunks at most on their way to others and, in backward, gradients
-of eight chunks at most: memory O(T), T the local length, whatever P is; and no more than two groups of heads at once.
+it contiguous: for as long as it is on its way, or, of keys that go to several ranks, until the last of them has it. Of
+each group a rank holds the rows of others that it computes, two chunks of keys, copies of four chunks at most on their
+way to others and, in backward, gradients of eight chunks at most: memory O(T), T the local length, whatever P is; and
+no more than two groups of heads at once.
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ class SequenceParallel:
             of_part = of_heads(grads, heads, key_heads)
             yield from self._backward(job, part, softmax_scale, of_rows, unit, of_part, values[:, heads])
 
-        by_heads(plan, operands, segment_ids, work)
+        by_heads(plan, operands, segment_ids, work, at_once=True)
         return values, *grads
 
     def _forward(self, job: Job, scale: float, keep: bool) -> Generator[None, None, dict[int, tuple[Tensor, ...]]]:

@@ -43,6 +43,14 @@ def test_groups_have_long_visits_and_are_all_of_a_size(
     assert [i for _, k in found for i in range(key_heads)[k]] == list(range(key_heads))
 
 
+def test_groups_have_shorter_visits_at_once() -> None:
+    """Where there would be one or two groups otherwise, not to have more where there are enough."""
+    for rows, groups in ((2**13, 1), (2**14 - 128, 1), (2**14, 4), (2**15, 8)):
+        assert len(head_groups(32, 32, 1, rows, at_once=True)) == groups
+    assert len(head_groups(7, 7, 1, 2**14, at_once=True)) == 1
+    assert len(head_groups(12, 12, 1, 2**15, at_once=True)) == 4
+
+
 def _pieces(count: int, yields: int, log: list[str]) -> list[Iterator[None]]:
     def piece(name: str) -> Iterator[None]:
         for i in range(yields):
