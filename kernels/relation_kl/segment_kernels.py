@@ -81,7 +81,8 @@ def _store_starts(
     # Behind the end, which may be within a tile, there is padding, which is not to matter.
     tokens = (before - 1) * BLOCK_N + tl.arange(0, BLOCK_N)
     there = tl.load(segment_ids + tokens, mask=(tokens >= 0) & (tokens < end), other=run).to(tl.int64)
-    border = tl.where(tl.max((there != run).to(tl.int32), 0) > 0, before - 1, -1)
+    # Padding is no run: all is before it.
+    border = tl.where((run < 0) | (tl.max((there != run).to(tl.int32), 0) > 0), before - 1, -1)
     for chunk in range(0, before - 1, CHUNK):
         tile = chunk + tl.arange(0, CHUNK)
         only = tl.load(ranges + 2 * tiles + tile, mask=tile < before - 1, other=run)

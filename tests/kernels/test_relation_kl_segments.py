@@ -203,6 +203,24 @@ def test_starts_of_random_segments(kind: str, device: torch.device, monkeypatch:
     assert 0 < general[0] < general[1]
 
 
+@pytest.mark.parametrize("padding", [-1, -7])
+def test_starts_behind_holes(padding: int, device: torch.device) -> None:
+    """What comes again behind padding is seen to be there before, wherever tiles begin and whatever else is in them."""
+    torch.manual_seed(3)
+    for _ in range(40):
+        lengths = torch.randint(1, 30, (24,))
+        number = torch.randint(0, 3, (24,)).cumsum(0) // 2
+        ids = torch.repeat_interleave(torch.where(torch.rand(24) < 0.4, padding, number), lengths)[None]
+        for keys_end in (0, ids.shape[1] // 2):
+            names, first_row = ids, 0
+            if keys_end > 0:
+                first_row = -(-keys_end // 16) * 16
+                between = ids.new_full((1, first_row - keys_end), -1)
+                names = torch.cat([ids[:, :keys_end], between, ids[:, keys_end:]], 1)
+            starts, bounds = (x.cpu() for x in starts_and_bounds(names.to(device), 16, 8, first_row, keys_end))
+            check_starts(names, bounds, starts, 16, keys_end)
+
+
 def test_work_falls_with_the_square_of_the_segment_length(device: torch.device) -> None:
     seq_len, block_m, block_n = 4096, 128, 64
     whole = torch.zeros(1, seq_len, dtype=torch.long, device=device)
