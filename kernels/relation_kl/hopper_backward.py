@@ -342,6 +342,8 @@ def backward_kernel(
 ):  # fmt: skip
     """Each tile of S once: W = g (Ps - Pt), then W k for the rows and W' q for the keys.
 
+    segments are ids, and starts and bounds from `segment_kernels.starts_and_bounds`.
+
     key_grad is a descriptor of float32 [B, key heads, T / 64, K / 4, 256] in register order in blocks
     [1, 1, 1, D / 8, 256]; its memory, key_sums, may hold anything at first. The keys' gradient is added up there, not
     multiplied by softmax_scale, in no fixed order. With SELF the rows' is too; else it goes to grad [B, H, T,
