@@ -178,15 +178,15 @@ def test_starts_of_random_segments(kind: str, device: torch.device, monkeypatch:
     monkeypatch.setattr(segment_kernels, "_CHUNK", 4)
     torch.manual_seed(2)
     general = torch.zeros(2, dtype=torch.long)
-    for seq_len in (3, 96, 301):
-        for ids in (random_ids(kind, 4, seq_len), random_ids(kind, 4, seq_len).abs()):
+    for seq_len in (3, 96, 130):
+        for ids in (random_ids(kind, 2, seq_len), random_ids(kind, 2, seq_len).abs()):
             if bool((ids >= 0).all()) and kind in ("rising", "falling"):
                 ids = ids.sort(1, descending=kind == "falling").values
-            for keys_end in (0, seq_len // 3, seq_len // 2, -(-seq_len // 32) * 16):
+            for keys_end in (0, seq_len // 2):
                 names, first_row = ids, 0
                 if keys_end > 0:
                     first_row = -(-keys_end // 16) * 16
-                    between = ids.new_full((4, first_row - keys_end), -1)
+                    between = ids.new_full((2, first_row - keys_end), -1)
                     names = torch.cat([ids[:, :keys_end], between, ids[:, keys_end:]], 1)
                 if first_row == names.shape[1]:
                     continue
@@ -207,10 +207,10 @@ def test_starts_of_random_segments(kind: str, device: torch.device, monkeypatch:
 def test_starts_behind_holes(padding: int, device: torch.device) -> None:
     """What comes again behind padding is seen to be there before, wherever tiles begin and whatever else is in them."""
     torch.manual_seed(3)
-    for _ in range(40):
-        lengths = torch.randint(1, 30, (24,))
-        number = torch.randint(0, 3, (24,)).cumsum(0) // 2
-        ids = torch.repeat_interleave(torch.where(torch.rand(24) < 0.4, padding, number), lengths)[None]
+    for _ in range(12):
+        lengths = torch.randint(1, 25, (12,))
+        number = torch.randint(0, 3, (12,)).cumsum(0) // 2
+        ids = torch.repeat_interleave(torch.where(torch.rand(12) < 0.4, padding, number), lengths)[None]
         for keys_end in (0, ids.shape[1] // 2):
             names, first_row = ids, 0
             if keys_end > 0:
