@@ -43,7 +43,8 @@ def fetchable(x: Tensor) -> bool:
 def forward(
     operands: Operands, softmax_scale: float, pipeline: Pipeline, of_rows: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows, both statistics of backward, and flags of the row tiles that must be done again because a sum overflowed.
+    """Rows, both statistics of backward, and flags of the row tiles that must be done again: where a sum overflowed, or
+    what they see is no run of keys.
 
     Args:
         operands: bf16 or fp16, for which `can_fetch` holds.

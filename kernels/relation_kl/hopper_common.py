@@ -75,7 +75,7 @@ def visible_pairs(segments, rows, keys, seq_len, keys_end, alike, SEGMENTS: gl.c
 
 @gluon.jit
 def seen(starts, ends, keys, SEGMENTS: gl.constexpr):
-    """[rows, keys]: whether the key is one from the row's first key to its last one; without SEGMENTS any is before."""
+    """[rows, keys]: whether the key is one from the row's first one to its last; without SEGMENTS the first is 0."""
     visible = keys[None, :] <= ends[:, None]
     if SEGMENTS:
         visible = visible & (keys[None, :] >= starts[:, None])

@@ -160,6 +160,14 @@ def check_starts(ids: torch.Tensor, bounds: torch.Tensor, starts: torch.Tensor, 
     assert torch.equal(said[:, first_row:][~general[:, first_row:]], visible[:, first_row:][~general[:, first_row:]])
 
 
+def visit_of(ids: torch.Tensor, keys_end: int, block: int) -> tuple[torch.Tensor, int]:
+    """Ids of which the first keys_end are keys and the others rows, with padding between; and the first row. Without
+    keys they are one sequence."""
+    first_row = -(-keys_end // block) * block
+    between = ids.new_full((len(ids), first_row - keys_end), -1)
+    return torch.cat([ids[:, :keys_end], between, ids[:, keys_end:]], 1), first_row
+
+
 @pytest.mark.parametrize("kind", ["left", "right", "all_masked", "one_key", "windows", "documents"])
 def test_starts(kind: str, device: torch.device) -> None:
     torch.manual_seed(0)
@@ -183,13 +191,7 @@ def test_starts_of_random_segments(kind: str, device: torch.device, monkeypatch:
             if bool((ids >= 0).all()) and kind in ("rising", "falling"):
                 ids = ids.sort(1, descending=kind == "falling").values
             for keys_end in (0, seq_len // 2):
-                names, first_row = ids, 0
-                if keys_end > 0:
-                    first_row = -(-keys_end // 16) * 16
-                    between = ids.new_full((2, first_row - keys_end), -1)
-                    names = torch.cat([ids[:, :keys_end], between, ids[:, keys_end:]], 1)
-                if first_row == names.shape[1]:
-                    continue
+                names, first_row = visit_of(ids, keys_end, 16)
                 found = starts_and_bounds(names.to(device), 16, 8, first_row, keys_end)
                 starts, bounds = (x.cpu() for x in found)
                 plain = tile_bounds(names.to(device), 16, 8).cpu()
@@ -212,11 +214,7 @@ def test_starts_behind_holes(padding: int, device: torch.device) -> None:
         number = torch.randint(0, 3, (12,)).cumsum(0) // 2
         ids = torch.repeat_interleave(torch.where(torch.rand(12) < 0.4, padding, number), lengths)[None]
         for keys_end in (0, ids.shape[1] // 2):
-            names, first_row = ids, 0
-            if keys_end > 0:
-                first_row = -(-keys_end // 16) * 16
-                between = ids.new_full((1, first_row - keys_end), -1)
-                names = torch.cat([ids[:, :keys_end], between, ids[:, keys_end:]], 1)
+            names, first_row = visit_of(ids, keys_end, 16)
             starts, bounds = (x.cpu() for x in starts_and_bounds(names.to(device), 16, 8, first_row, keys_end))
             check_starts(names, bounds, starts, 16, keys_end)
 
