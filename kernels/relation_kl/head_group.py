@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -97,18 +98,43 @@ def by_heads(
             q_t, k_t = operands.teacher_q, operands.teacher_k
             part = Operands(q[:, heads], k[:, key_heads], q_t[:, heads], k_t[:, key_heads], False)
         pieces.append(work(part, heads, key_heads, ids))
-    take_turns(pieces)
+    if q.device.type == "cuda" and len(pieces) > 1:
+        here, beside = torch.cuda.current_stream(q.device), _second_stream(q.device)
+        beside.wait_stream(here)
+        try:
+            take_turns(pieces, beside)
+        finally:
+            here.wait_stream(beside)
+    else:
+        take_turns(pieces)
 
 
-def take_turns(pieces: Sequence[Iterator[None]]) -> None:
+@lru_cache
+def _second_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for good: memory that was freed on a stream is for that stream only."""
+    return torch.cuda.Stream(device)
+
+
+def take_turns(pieces: Sequence[Iterator[None]], beside: torch.cuda.Stream | None = None) -> None:
     """Runs all pieces to their end, two at a time, the first one a turn ahead.
 
     A piece yields where it is about to wait for another process. Then the host starts what another piece has to do
     until it would wait, and so on: in an order that depends only on the number of pieces and of their yields.
+
+    Args:
+        pieces: what is to be done; they share nothing that one of them writes.
+        beside: the stream of every other piece, so that a kernel of one piece begins where the last programs of one of
+            the other leave multiprocessors idle; None for the current stream.
     """
-    turns = [chain.from_iterable(pieces[first::2]) for first in (0, 1)]
-    next(turns[0], None)
-    while any([next(turn, "done") is None for turn in reversed(turns)]):
+    first, second = (chain.from_iterable(pieces[begin::2]) for begin in (0, 1))
+
+    def turn(piece: Iterator[None], stream: torch.cuda.Stream | None) -> bool:
+        """Whether there is more to do."""
+        with torch.cuda.stream(stream):
+            return next(piece, "done") is None
+
+    turn(first, None)
+    while any([turn(second, beside), turn(first, None)]):
         pass
 
 
