@@ -14,21 +14,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .hopper_backward_fetch import fetch_row_tiles, turned
 from .hopper_common import (
     HALF_ROWS,
     ROWS,
     barrier,
-    bounds_of,
     clear_padding,
     exponent,
-    last_keys,
     logits,
     names_of,
     own_logits,
-    post,
     receive,
     seen,
-    span,
     visible_pairs,
 )
 from .hopper_gradient import (
@@ -39,7 +36,6 @@ from .hopper_gradient import (
     send,
     set_to_zero,
     wait_for,
-    wait_zeroed,
     zero_gradient,
 )
 from .segment_kernels import ALIKE, GENERAL, PADDED
@@ -48,6 +44,13 @@ _INTEGERS = [
     *("heads", "group", "together", "own_tiles", "items", "most", "sequences"),
     *("seq_len", "first_row", "keys_end", "whole", "parts"),
 ]
+
+
+@gluon.constexpr_function
+def _ahead(D):
+    """Whether both products of the next tile are issued as soon as the weights are stored, and weights lie in two
+    buffers by turns, the gradient in none of them: up to 64 channels there are registers and shared memory for it."""
+    return D <= 64
 
 
 @gluon.jit
@@ -82,91 +85,19 @@ def _without_invisible(
 
 
 @gluon.jit
-def _turned(j, tile, begin, count, VISIT: gl.constexpr):
-    """Which tile of keys comes j-th of the `count` from `begin` on: in a visit each row tile begins elsewhere, so that
-    those which run together do not all add to the same gradient."""
-    if VISIT:
-        j += tile % count
-        j = begin + gl.where(j >= count, j - count, j)
-    return j
+def _vectors(buffers, number):
+    """Those in a buffer of rows or keys, [tokens, D]."""
+    return buffers.index(number).reshape([buffers.shape[3], buffers.shape[4]])
 
 
 @gluon.jit
-def _fetch_keys(
-    k_s, k_t, at, fetched, ring_s, ring_t, ready_s, ready_t, free_s, free_t, N: gl.constexpr, D: gl.constexpr
-):  # fmt: skip
-    """A tile of keys, the student's and the teacher's, after `fetched` others."""
-    slot = fetched % 2
-    mbarrier.wait(free_s.index(slot), ((fetched // 2) & 1) ^ 1)
-    mbarrier.expect(ready_s.index(slot), N * D * 2)
-    tma.async_copy_global_to_shared(k_s, at, ready_s.index(slot), ring_s.index(slot))
-    mbarrier.wait(free_t, (fetched & 1) ^ 1)
-    mbarrier.expect(ready_t, N * D * 2)
-    tma.async_copy_global_to_shared(k_t, at, ready_t, ring_t.index(0))
-
-
-@gluon.jit
-def _backward_fetch(
-    q_s, k_s, q_t, k_t, bounds, progress, heads, group, together, own_tiles, items, most, seq_len, first_row, keys_end,
-    whole, parts, box, posted, taken, own, own_ready, ring_s, ring_t, ready_s, ready_t, free_s, free_t,
-    N: gl.constexpr, D: gl.constexpr, SEGMENTS: gl.constexpr, VISIT: gl.constexpr,
-):  # fmt: skip
-    """Take row tiles, one after the other, and fetch their rows and the tiles of keys that they see: two buffers for
-    the student's, which are used twice, one for the teacher's. The next row tile's first keys come while the last one's
-    are used."""
-    tiles = gl.cdiv(seq_len, ROWS)
-    fetched = gl.to_tensor(0)
-    done = gl.to_tensor(0)
-    number = gl.atomic_add(progress, 1, sem="relaxed")
-    while number < items:
-        place = number
-        part = 0
-        if VISIT:
-            part = gl.where(number >= whole, (number - whole) % parts, 0)
-            place = gl.where(number >= whole, whole + (number - whole) // parts, number)
-        tile = tiles - 1 - place // together % own_tiles
-        sequence = place // (together * own_tiles) * together + place % together
-        batch = sequence // heads
-        head = sequence % heads
-        key_head = head // group
-        last = last_keys(tile, keys_end, N, VISIT)
-        lo, lo_full, kind = bounds_of(bounds + (batch * tiles + tile) * 5, SEGMENTS)
-        first = tile * ROWS
-        begin = 0
-        count = 1  # enough for the first tile of keys, but in a visit
-        if VISIT:
-            first -= first_row
-            count, full = span(last, lo, lo_full, N, VISIT)
-            begin = gl.where(number >= whole, count * part // parts, 0)
-            count = gl.where(number >= whole, count * (part + 1) // parts, count) - begin
-        at = [batch, key_head, last - _turned(0, tile, begin, count, VISIT) * N, 0]
-        _fetch_keys(k_s, k_t, at, fetched, ring_s, ring_t, ready_s, ready_t, free_s, free_t, N, D)
-        fetched += 1
-        mbarrier.wait(taken, (done & 1) ^ 1)
-        if not VISIT:
-            # Behind that wait: before it ptxas would have the teacher's keys wait for the bounds, too.
-            count, full = span(last, lo, lo_full, N, VISIT)
-        post(box, posted, batch, head, key_head, tile, last, count, full * 8 + kind, begin)
-        if not VISIT:
-            # While the keys come, but before arriving at own_ready: whoever has the rows adds to the gradient.
-            wait_zeroed(progress + 2 + sequence // group, own_tiles)
-        # The last row tile is done with its rows as soon as it is with its last keys; the useless teacher's product
-        # after those may read what comes.
-        before = fetched - 2
-        mbarrier.wait(free_s.index(fetched % 2), (before // 2) & 1, pred=before >= 0)
-        mbarrier.expect(own_ready, 2 * ROWS * D * 2)
-        for i in gl.static_range(2):
-            here = [batch, head, first + i * HALF_ROWS, 0]
-            tma.async_copy_global_to_shared(q_s, here, own_ready, own.index(i))
-            tma.async_copy_global_to_shared(q_t, here, own_ready, own.index(2 + i))
-        for j in range(1, count):
-            at = [batch, key_head, last - _turned(j, tile, begin, count, VISIT) * N, 0]
-            _fetch_keys(k_s, k_t, at, fetched, ring_s, ring_t, ready_s, ready_t, free_s, free_t, N, D)
-            fetched += 1
-        done += 1
-        number = gl.where(done < most, gl.atomic_add(progress, 1, mask=done < most, sem="relaxed"), items)
-    mbarrier.wait(taken, (done & 1) ^ 1)
-    post(box, posted, 0, 0, 0, 0, 0, 0, 0, 0)
+def _keys_product(weights, own, at, no_gradient, fresh, HALF: gl.constexpr, N: gl.constexpr, K: gl.constexpr):
+    """W' x of 64 keys and both warpgroups' rows: issued."""
+    out = no_gradient
+    for i in gl.static_range(2):
+        w = weights.index(2 * at + i + fresh).slice(HALF * (N // 2), N // 2, dim=1).permute([1, 0])
+        out = gradient_product(w, _vectors(own, i + fresh), out, K, i > 0)
+    return out
 
 
 @gluon.jit
@@ -187,6 +118,7 @@ def _backward_rows(
     no_gradient = zero_gradient(D, K)
     # Products of K channels
     PARTS: gl.constexpr = 1 if K == D else 2
+    AHEAD: gl.constexpr = _ahead(D)
     visited = gl.to_tensor(0)
     done = gl.to_tensor(0)
     batch, head, key_head, tile, last, count, full, begin = receive(box, posted, taken, 0)
@@ -218,18 +150,17 @@ def _backward_rows(
         if SEGMENTS:  # noqa: SIM102 - for the compiler, unlike the next
             if kind == PADDED:
                 for i in range(2):
-                    clear_padding(own.index(2 * i + HALF).reshape([HALF_ROWS, D]), names, start, seq_len)
+                    clear_padding(_vectors(own, 2 * i + HALF), names, start, seq_len)
                 barrier()
         slot = visited % 2
         mbarrier.wait(ready_s.index(slot), (visited // 2) & 1)
-        y = ring_s.index(slot).reshape([N, D])
-        s = logits(own.index(HALF + again).reshape([HALF_ROWS, D]), y, none, K)
+        s = logits(_vectors(own, HALF + again), _vectors(ring_s, slot), none, K)
         mbarrier.wait(ready_t, visited & 1)
-        y = ring_t.index(again).reshape([N, D])
-        t = logits(own.index(2 + HALF + again).reshape([HALF_ROWS, D]), y, none, K)
+        t = logits(_vectors(own, 2 + HALF + again), _vectors(ring_t, again), none, K)
         s, t = warpgroup_mma_wait(0, deps=[s, t])
         mbarrier.arrive(free_t)
-        # W = g (e_s / l_s - e_t / l_t) = (e_s r - e_t) g / l_t: r is 1, and W 0, where student and teacher are equal.
+        # W = g (e_s / l_s - e_t / l_t) = (e_t - e_s r) (-g / l_t): r is 1, and W 0, where student and teacher are
+        # equal. The rows carry the signs, for to turn that of e_t takes an instruction an element.
         if VISIT:
             m_s = gl.load(pivot_s + place, mask=live, other=0.0)
             m_t = gl.load(pivot_t + place, mask=live, other=0.0)
@@ -239,79 +170,109 @@ def _backward_rows(
             m_t = gl.where(live, own_logits(t, rows, keys, log2_scale) - gl.minimum(l_t, 0.0), 0.0)
             l_s = gl.where(l_s > 0, l_s, 1.0)
             l_t = gl.where(l_t > 0, l_t, 1.0)
-        r = gl.div_rn(l_t, l_s)
-        g = g / l_t
+        r = -gl.div_rn(l_t, l_s)
+        g = -g / l_t
         e_s = gl.exp2(exponent(s, log2_scale, m_s))
+        if AHEAD:  # t is e_t where the loop begins
+            t = gl.exp2(exponent(t, log2_scale, m_t))
 
         for j in range(count):
-            turned = _turned(j, tile, begin, count, VISIT)
-            key_start = last - turned * N
+            place_of_keys = turned(j, tile, begin, count, VISIT)
+            key_start = last - place_of_keys * N
             slot = visited % 2
             following = slot ^ 1
             # Always 0, which the compiler cannot know: it would keep the operands' 64-bit descriptors over the whole
             # loop, more than there are registers for, where a few additions make them anew.
             fresh = j >> 30
-            e_t = gl.exp2(exponent(t, log2_scale, m_t))
-            w = (gl.fma(e_s, gl.zeros_like(e_s) + r[:, None], -e_t) * (gl.zeros_like(e_s) + g[:, None])).to(dtype)
-            y = ring_s.index(slot).reshape([N, D])
-            if (turned == 0) | (turned >= full >> 3):
+            e_t = t
+            if not AHEAD:
+                e_t = gl.exp2(exponent(t, log2_scale, m_t))
+            w = (gl.fma(e_s, gl.zeros_like(e_s) + r[:, None], e_t) * (gl.zeros_like(e_s) + g[:, None])).to(dtype)
+            y = _vectors(ring_s, slot)
+            at = 0
+            if AHEAD:
+                # Both warpgroups have read the weights of the tile before the last: the other one had before it stored
+                # the last tile's, and those this one has waited for.
+                at = visited % 2
+            if (place_of_keys == 0) | (place_of_keys >= full >> 3):
                 if SEGMENTS:
                     of_keys = gl.load(bounds + (batch * gl.cdiv(seq_len, ROWS) + key_start // ROWS) * 5 + 4)
                     if of_keys & 3 == PADDED:
                         # Both warpgroups do it: neither needs to wait for the other then.
                         clear_padding(y, names + fresh, key_start, seq_len)
                 w = _without_invisible(
-                    w, weights.index(HALF + fresh), names + fresh, first_keys + fresh, full & GENERAL != 0,
+                    w, weights.index(2 * at + HALF + fresh), names + fresh, first_keys + fresh, full & GENERAL != 0,
                     start + fresh, key_start, seq_len, keys_end, SEGMENTS, VISIT,
                 )  # fmt: skip
             # The rows' gradient takes the weights from registers, while they are on their way to the other warpgroup.
             acc = gradient_product(w, y, acc, K, True)
-            # The last gradients on their way out have left the buffers, one of which is the weights'.
-            tma.store_wait(0)
-            barrier()
-            weights.index(HALF + fresh).store(w)
+            if not AHEAD:
+                # The last gradients on their way out have left the buffers, one of which is the weights'.
+                tma.store_wait(0)
+                barrier()
+            weights.index(2 * at + HALF + fresh).store(w)
             fence_async_shared()
-            mbarrier.arrive(weights_ready)
+            mbarrier.arrive(weights_ready.index(at))
             mbarrier.wait(ready_s.index(following), ((visited + 1) // 2) & 1, pred=j + 1 < count)
-            x = own.index(HALF + fresh).reshape([HALF_ROWS, D])
-            y = ring_s.index(following).reshape([N, D])
-            s = logits(x, y, none, K)
-            mbarrier.wait(weights_ready, visited & 1)
-            # The rows' gradient is done: there are registers for the keys'.
-            acc = wait_for(acc, PARTS)
-            x = weights.index(fresh).slice(HALF * (N // 2), N // 2, dim=1).permute([1, 0])
-            y = own.index(fresh).reshape([HALF_ROWS, D])
-            out = gradient_product(x, y, no_gradient, K, False)
-            x = weights.index(1 + fresh).slice(HALF * (N // 2), N // 2, dim=1).permute([1, 0])
-            y = own.index(1 + fresh).reshape([HALF_ROWS, D])
-            out = gradient_product(x, y, out, K, True)
-            s = warpgroup_mma_wait(2 * PARTS, deps=[s])
-            e_s = gl.exp2(exponent(s, log2_scale, m_s))
-            out = wait_for(out, 0)
-            mbarrier.arrive(free_s.index(slot))
-            mbarrier.arrive(weights_free)
-            first, second = in_register_order(out)
-            put(first, stage.index(HALF))
-            # Both warpgroups are through with these weights: their room takes the other piece of the gradient.
-            mbarrier.wait(weights_free, visited & 1)
-            spare = weights.index(HALF)._reinterpret(gl.float32, [1, 1, 1, D // 8, 256], key_grad.layout)
-            put(second, spare)
-            send(key_grad, batch, key_head, key_start // HALF_ROWS + HALF, stage.index(HALF), spare)
-            mbarrier.wait(ready_t, (visited + 1) & 1, pred=j + 1 < count)
-            x = own.index(2 + HALF + fresh).reshape([HALF_ROWS, D])
-            y = ring_t.index(fresh).reshape([N, D])
-            t = logits(x, y, none, K)
-            t = warpgroup_mma_wait(0, deps=[t])
-            mbarrier.arrive(free_t, pred=j + 1 < count)
+            s = logits(_vectors(own, HALF + fresh), _vectors(ring_s, following), none, K)
+            if AHEAD:
+                mbarrier.wait(ready_t, (visited + 1) & 1, pred=j + 1 < count)
+                t = logits(_vectors(own, 2 + HALF + fresh), _vectors(ring_t, fresh), none, K)
+                acc = wait_for(acc, 2)
+                s = warpgroup_mma_wait(1, deps=[s])
+                e_s = gl.exp2(exponent(s, log2_scale, m_s))
+                mbarrier.wait(weights_ready.index(at), (visited // 2) & 1)
+            else:
+                mbarrier.wait(weights_ready.index(at), visited & 1)
+                # The rows' gradient is done: there are registers for the keys'.
+                acc = wait_for(acc, PARTS)
+            out = _keys_product(weights, own, at, no_gradient, fresh, HALF, N, K)
+            if AHEAD:
+                t = warpgroup_mma_wait(2, deps=[t])
+                mbarrier.arrive(free_t, pred=j + 1 < count)
+                t = gl.exp2(exponent(t, log2_scale, m_t))
+                out = wait_for(out, 0)
+                mbarrier.arrive(free_s.index(slot))
+                first, second = in_register_order(out)
+                tma.store_wait(0)
+                barrier()
+                room = stage.index(2 * HALF + fresh)
+                spare = stage.index(2 * HALF + 1 + fresh)
+                put(first, room)
+                put(second, spare)
+                send(key_grad, batch, key_head, (key_start + fresh) // HALF_ROWS + HALF, room, spare)
+            else:
+                s = warpgroup_mma_wait(2 * PARTS, deps=[s])
+                e_s = gl.exp2(exponent(s, log2_scale, m_s))
+                out = wait_for(out, 0)
+                mbarrier.arrive(free_s.index(slot))
+                mbarrier.arrive(weights_free)
+                first, second = in_register_order(out)
+                put(first, stage.index(HALF))
+                # Both warpgroups are through with these weights: their room takes the other piece of the gradient.
+                mbarrier.wait(weights_free, visited & 1)
+                spare = weights.index(HALF)._reinterpret(gl.float32, [1, 1, 1, D // 8, 256], key_grad.layout)
+                put(second, spare)
+                send(key_grad, batch, key_head, key_start // HALF_ROWS + HALF, stage.index(HALF), spare)
+                mbarrier.wait(ready_t, (visited + 1) & 1, pred=j + 1 < count)
+                t = logits(_vectors(own, 2 + HALF + fresh), _vectors(ring_t, fresh), none, K)
+                t = warpgroup_mma_wait(0, deps=[t])
+                mbarrier.arrive(free_t, pred=j + 1 < count)
             visited += 1
 
         tma.store_wait(0)
         barrier()
-        spare = weights.index(HALF)._reinterpret(gl.float32, [1, 1, 1, D // 8, 256], key_grad.layout)
+        if AHEAD:
+            again = visited >> 30
+            room = stage.index(2 * HALF + again)
+            spare = stage.index(2 * HALF + 1 + again)
+        else:
+            room = stage.index(HALF)
+            spare = weights.index(HALF)._reinterpret(gl.float32, [1, 1, 1, D // 8, 256], key_grad.layout)
         if VISIT:
-            add_up(acc, grad, batch, head, (start - first_row) // HALF_ROWS, stage.index(HALF), spare)
+            add_up(acc, grad, batch, head, (start - first_row) // HALF_ROWS, room, spare)
         elif SELF:
-            add_up(acc, key_grad, batch, key_head, start // HALF_ROWS, stage.index(HALF), spare)
+            add_up(acc, key_grad, batch, key_head, start // HALF_ROWS, room, spare)
         else:
             factor = softmax_scale
             if NARROW:
@@ -371,8 +332,9 @@ def backward_kernel(
     ring_s = gl.allocate_shared_memory(dtype, [2, 1, 1, N, D], k_s.layout)
     ring_t = gl.allocate_shared_memory(dtype, [1, 1, 1, N, D], k_t.layout)
     weights_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF_ROWS, N], dtype)
-    weights = gl.allocate_shared_memory(dtype, [2, HALF_ROWS, N], weights_layout)
-    stage = gl.allocate_shared_memory(gl.float32, [2, 1, 1, 1, D // 8, 256], key_grad.layout)
+    BUFFERS: gl.constexpr = 2 if _ahead(D) else 1
+    weights = gl.allocate_shared_memory(dtype, [2 * BUFFERS, HALF_ROWS, N], weights_layout)
+    stage = gl.allocate_shared_memory(gl.float32, [2 * BUFFERS, 1, 1, 1, D // 8, 256], key_grad.layout)
     # Where those who compute find which row tile comes next
     box = gl.allocate_shared_memory(gl.int32, [8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     posted = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -382,7 +344,7 @@ def backward_kernel(
     free_s = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     ready_t = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     free_t = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    weights_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    weights_ready = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
     weights_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
         mbarrier.init(ready_s.index(i), count=1)
@@ -392,7 +354,8 @@ def backward_kernel(
     mbarrier.init(own_ready, count=1)
     mbarrier.init(ready_t, count=1)
     mbarrier.init(free_t, count=2)
-    mbarrier.init(weights_ready, count=2)
+    for i in gl.static_range(BUFFERS):
+        mbarrier.init(weights_ready.index(i), count=2)
     mbarrier.init(weights_free, count=2)
     fence_async_shared()
     gl.warp_specialize(
@@ -409,7 +372,7 @@ def backward_kernel(
                 own, own_ready, ring_s, ring_t, ready_s, ready_t, free_s, free_t,
                 weights, weights_ready, weights_free, stage, 1, channels, N, D, K, SEGMENTS, SELF, NARROW, VISIT,
             )),
-            (_backward_fetch, (
+            (fetch_row_tiles, (
                 q_s, k_s, q_t, k_t, bounds, progress, heads, group, together, own_tiles, items, most, seq_len,
                 first_row, keys_end, whole, parts, box, posted, taken, own, own_ready, ring_s, ring_t, ready_s, ready_t,
                 free_s, free_t, N, D, SEGMENTS, VISIT,

@@ -65,6 +65,16 @@ def _fetch_keys(k, at, slot, phase, ring, ready, free, N: gl.constexpr, D: gl.co
 
 
 @gluon.jit
+def _span(last, lo, lo_full, kind, N: gl.constexpr, SEGMENTS: gl.constexpr, VISIT: gl.constexpr):
+    """As `span`; of a row tile that the general kernel does again no more than the first tile."""
+    count, full = span(last, lo, lo_full, N, VISIT)
+    if SEGMENTS:
+        count = gl.where(kind & GENERAL != 0, 1, count)
+        full = gl.where(kind & GENERAL != 0, 1, full)
+    return count, full
+
+
+@gluon.jit
 def _forward_fetch(
     k_s, k_t, bounds, batch, key_head, last, ring, ready, free,
     N: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, SEGMENTS: gl.constexpr, VISIT: gl.constexpr,
@@ -76,8 +86,8 @@ def _forward_fetch(
     at = [batch, key_head, last, 0]
     slot, phase = _fetch_keys(k_s, at, slot, phase, ring, ready, free, N, D, SLOTS)
     slot, phase = _fetch_keys(k_t, at, slot, phase, ring, ready, free, N, D, SLOTS)
-    lo, lo_full, _ = bounds_of(bounds, SEGMENTS)
-    count, _ = span(last, lo, lo_full, N, VISIT)
+    lo, lo_full, kind = bounds_of(bounds, SEGMENTS)
+    count, _ = _span(last, lo, lo_full, kind, N, SEGMENTS, VISIT)
     for j in range(1, count):
         at = [batch, key_head, last - j * N, 0]
         slot, phase = _fetch_keys(k_s, at, slot, phase, ring, ready, free, N, D, SLOTS)
@@ -113,7 +123,7 @@ def _forward_rows(
     mbarrier.wait(own_ready, 0)
     mbarrier.wait(ready.index(slot_s), phase_s)
     # The bounds have come beside the first tiles.
-    count, full = span(last, lo, lo_full, N, VISIT)
+    count, full = _span(last, lo, lo_full, kind, N, SEGMENTS, VISIT)
     # Together they take one register less beside the tile on the diagonal.
     full_and_kind = full * 8 + kind
     y = ring.index(slot_s).reshape([N, D])

@@ -70,8 +70,8 @@ def backward(
         unit: float32 [1], or None for 1.
     """
     max_s, max_t, inverse_s, inverse_t = statistics
-    # r and g / l_t, as the kernel calls them; padding may hold anything
-    combined = torch.stack((max_s, max_t, inverse_s / inverse_t, row_grad * inverse_t))
+    # Then what the kernel calls -r and -g / l_t; padding may hold anything.
+    combined = torch.stack((max_s, max_t, -inverse_s / inverse_t, -row_grad * inverse_t))
     q = operands.student_q, operands.teacher_q
     k = operands.student_k, operands.teacher_k
 

@@ -65,7 +65,7 @@ def _fetch_tiles(
             place += tokens
             m_t = gl.load(place, mask=real, other=0.0)
             place += tokens
-            r = gl.load(place, mask=real, other=1.0)
+            r = gl.load(place, mask=real, other=-1.0)
             place += tokens
             g = gl.load(place, mask=real, other=0.0)
         mbarrier.wait(free_s.index(slot), ((fetched // 2) & 1) ^ 1)
@@ -130,14 +130,14 @@ def _exponentials(x, scale, m, columns, ABOVE: gl.constexpr):
 
 @gluon.jit
 def _weights(e_s, e_t, r, g, ratios, factors, ABOVE: gl.constexpr):
-    """W = g (e_s / l_s - e_t / l_t) = (e_s r - e_t) g / l_t: r is 1, and W exactly 0, where student and teacher are
-    equal."""
+    """W = g (e_s / l_s - e_t / l_t) = (e_t - e_s r) (-g / l_t), given -r and -g / l_t: to turn the sign of e_t would
+    take an instruction an element. Where student and teacher are equal, r is 1 and W exactly 0."""
     r_columns = r
     g_columns = g
     if ABOVE:
         r_columns = ratios.load(gl.SliceLayout(0, e_s.type.layout))
         g_columns = factors.load(gl.SliceLayout(0, e_s.type.layout))
-    return gl.fma(e_s, _spread(r, r_columns, e_s, ABOVE), -e_t) * _spread(g, g_columns, e_s, ABOVE)
+    return gl.fma(e_s, _spread(r, r_columns, e_s, ABOVE), e_t) * _spread(g, g_columns, e_s, ABOVE)
 
 
 @gluon.jit
@@ -243,7 +243,7 @@ def _backward_rows(
         place += tokens
         m_t = gl.load(place, mask=live, other=0.0)
         place += tokens
-        r = gl.load(place, mask=live, other=1.0)
+        r = gl.load(place, mask=live, other=-1.0)
         place += tokens
         g = gl.load(place, mask=live, other=0.0)
         acc, visited = _backward_part(

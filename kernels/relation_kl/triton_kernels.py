@@ -203,14 +203,21 @@ def forward_again_kernel(
     """
     tiles = tl.cdiv(seq_len, BLOCK_M)
     own_tiles = tiles - first_row // BLOCK_M
-    for index in range(tl.program_id(0), count, tl.num_programs(0)):
-        if (tl.load(flags + index * 2) | tl.load(flags + index * 2 + 1)) != 0:
-            _forward_tile(
-                (index // own_tiles).to(tl.int64), tiles - own_tiles + index % own_tiles,
-                q_s, k_s, q_t, k_t, q_s_strides, k_s_strides, q_t_strides, k_t_strides, segments, bounds, kl,
-                max_s, max_t, sum_s, sum_t, heads, group, seq_len, first_row, keys_end, log2_scale, True, VISIT,
-                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, SEGMENTS, DOT, PRECISION,
-            )  # fmt: skip
+    programs = tl.num_programs(0)
+    for first in range(tl.program_id(0), count, programs * 32):
+        # Of 32 tiles at once, for one after the other would wait for memory each time.
+        numbers = first + programs * tl.arange(0, 32)
+        halves = tl.load(flags + numbers * 2, mask=numbers < count, other=0)
+        halves |= tl.load(flags + numbers * 2 + 1, mask=numbers < count, other=0)
+        if tl.max(halves) != 0:
+            for index in range(first, min(first + programs * 32, count), programs):
+                if (tl.load(flags + index * 2) | tl.load(flags + index * 2 + 1)) != 0:
+                    _forward_tile(
+                        (index // own_tiles).to(tl.int64), tiles - own_tiles + index % own_tiles,
+                        q_s, k_s, q_t, k_t, q_s_strides, k_s_strides, q_t_strides, k_t_strides, segments, bounds, kl,
+                        max_s, max_t, sum_s, sum_t, heads, group, seq_len, first_row, keys_end, log2_scale, True, VISIT,
+                        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, SEGMENTS, DOT, PRECISION,
+                    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_VARYING)
