@@ -13,11 +13,12 @@ from .torch_backend import Operands
 
 # Tokens of a tile, of rows or of keys.
 _TILE = 128
-# Pairs of tiles that a visit is to have: 4 ms forward on an H200 at 128 channels, where to begin an exchange takes the
-# host, and the other rank until it takes part, some tenths of one (figures in README.md).
-_VISIT_PAIRS = 2**18
-# Two groups are worked on at a time: with fewer in all, little memory is saved. For so many, visits may be half as long
-# where both passes are one call, and rows come in once.
+# Pairs of tiles of a long visit: 4 ms forward on an H200 at 128 channels. To begin an exchange takes the host, and the
+# other rank until it takes part, some tenths of one (figures in README.md).
+_LONG_VISIT = 2**18
+# For this many groups of heads, two of which take less memory than their share of one GPU's, visits may be shorter.
+_GROUPS, _SHORT_VISIT = 8, 2**16
+# Two groups are worked on at a time: with fewer in all, little memory is saved.
 _LEAST_GROUPS = 4
 
 
@@ -131,27 +132,30 @@ def make_plan(operands: Operands, segment_ids: Tensor | None, group: Any) -> Pla
     return Plan(rank, ranks, lengths, rows, sees, operands.self_relation)
 
 
-def head_groups(heads: int, key_heads: int, batch: int, rows: int, at_once: bool = False) -> list[tuple[slice, slice]]:
-    """Query heads and their key heads that are worked on together: as few as make a visit long beside its exchanges.
+def head_groups(heads: int, key_heads: int, batch: int, rows: int) -> list[tuple[slice, slice]]:
+    """Query heads and their key heads that are worked on together.
 
-    All groups have as many. Where that gives less than `_LEAST_GROUPS` of them, all heads are one group, unless both
-    passes are at once and visits of half of that length will do. The numbers are the same on all ranks, and on all
-    devices.
+    As few as make a visit long beside its exchanges, or, where these would be fewer than `_GROUPS` groups, as make it
+    long enough. All groups have as many; with less than `_LEAST_GROUPS` of them, all heads are one. The numbers are the
+    same on all ranks, and on all devices.
 
     Args:
         heads: H.
         key_heads: Hkv.
         batch: B.
         rows: of the longer chunk.
-        at_once: whether forward and backward are one call.
     """
     shared = heads // key_heads
     pairs = batch * shared * (-(-rows // _TILE)) ** 2
     divisors = [count for count in range(1, key_heads + 1) if key_heads % count == 0]
-    count = next((count for count in divisors if count * pairs >= _VISIT_PAIRS), key_heads)
+
+    def fewest(visit: int, most_groups: int) -> int:
+        fitting = (count for count in divisors if count * pairs >= visit and key_heads // count <= most_groups)
+        return next(fitting, key_heads)
+
+    count = min(fewest(_LONG_VISIT, key_heads), fewest(_SHORT_VISIT, _GROUPS))
     if key_heads // count < _LEAST_GROUPS:
-        least = max((count for count in divisors if key_heads // count >= _LEAST_GROUPS), default=0)
-        count = least if at_once and 2 * least * pairs >= _VISIT_PAIRS else key_heads
+        count = key_heads
     firsts = range(0, key_heads, count)
     return [(slice(i * shared, (i + count) * shared), slice(i, i + count)) for i in firsts]
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -83,12 +83,11 @@ def by_heads(
     operands: Operands,
     segment_ids: Tensor | None,
     work: Callable[..., Iterator[None]],
-    at_once: bool = False,
 ) -> None:
     """Runs `work(operands, heads, key_heads, ids)` for each group of heads, see `head_groups` and `take_turns`."""
     q, k = operands.student_q, operands.student_k
     ids = None if segment_ids is None else segment_ids.long()
-    groups = head_groups(q.shape[1], k.shape[1], q.shape[0], plan.lengths[0], at_once)
+    groups = head_groups(q.shape[1], k.shape[1], q.shape[0], plan.lengths[0])
     pieces = []
     for heads, key_heads in groups:
         if operands.self_relation:  # `own_logits` asks whether queries and keys are the same tensor
@@ -118,15 +117,16 @@ def _second_stream(device: torch.device) -> torch.cuda.Stream:
 def take_turns(pieces: Sequence[Iterator[None]], beside: torch.cuda.Stream | None = None) -> None:
     """Runs all pieces to their end, two at a time, the first one a turn ahead.
 
-    A piece yields where it is about to wait for another process. Then the host starts what another piece has to do
-    until it would wait, and so on: in an order that depends only on the number of pieces and of their yields.
+    A piece yields four times: when its rows are on their way, when it is about to wait for them, when it has computed
+    everything, and when it is about to wait for its results. Where it would wait, the host starts what another piece
+    has to do until that would wait, and so on: in an order that depends only on the number of pieces.
 
     Args:
         pieces: what is to be done; they share nothing that one of them writes.
         beside: the stream of every other piece, so that a kernel of one piece begins where the last programs of one of
             the other leave multiprocessors idle; None for the current stream.
     """
-    first, second = (chain.from_iterable(pieces[begin::2]) for begin in (0, 1))
+    first, second = (_one_after_the_other(pieces[begin::2]) for begin in (0, 1))
 
     def turn(piece: Iterator[None], stream: torch.cuda.Stream | None) -> bool:
         """Whether there is more to do."""
@@ -136,6 +136,26 @@ def take_turns(pieces: Sequence[Iterator[None]], beside: torch.cuda.Stream | Non
     turn(first, None)
     while any([turn(second, beside), turn(first, None)]):
         pass
+
+
+def _one_after_the_other(pieces: Sequence[Iterator[None]]) -> Iterator[None]:
+    """Yields where the pieces would wait. A piece's rows are sent for before its predecessor's results are: behind
+    these, and so behind another piece's, exchanges would be executed no sooner than that piece is done."""
+    left = deque(pieces)
+    piece = left.popleft() if left else None
+    if piece is not None:
+        next(piece)
+    while piece is not None:
+        next(piece)
+        yield
+        next(piece)
+        following = left.popleft() if left else None
+        if following is not None:
+            next(following)
+        next(piece)
+        yield
+        next(piece, None)
+        piece = following
 
 
 def halves(heads: int, key_heads: int) -> tuple[list[Heads], list[Heads]]:

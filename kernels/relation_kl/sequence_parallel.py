@@ -85,9 +85,12 @@ class SequenceParallel:
 
         def work(part: Operands, heads: slice, key_heads: slice, ids: Tensor | None) -> Iterator[None]:
             job = self._start(plan, part, ids, torch.stack(self._pivots(part, softmax_scale, ids)))
+            yield
             of_rows = yield from self._forward(job, softmax_scale, keep=False)
             for x, *found in zip(statistics, *(of_rows[each.chunk] for each in job.rows), strict=True):
                 torch.cat(found, 2, out=x[:, heads])
+            job.foreign.clear()
+            yield
             found, works = job.exchanges.results(job.results, {c: [values[:, heads, plan.span(c)]] for c in plan.own})
             yield
             wait(works)
@@ -115,6 +118,7 @@ class SequenceParallel:
 
         def work(part: Operands, heads: slice, key_heads: slice, ids: Tensor | None) -> Iterator[None]:
             job = self._start(plan, part, ids, prepared[None, :, heads])
+            yield
             parts = ([y.contiguous() for y in x[:, heads].split(plan.row_lengths, 2)] for x in statistics)
             of_rows = dict(zip(plan.rows[plan.rank], zip(*parts, strict=True), strict=True))
             yield from self._backward(job, part, softmax_scale, of_rows, unit, of_heads(grads, heads, key_heads))
@@ -138,12 +142,13 @@ class SequenceParallel:
             job = self._start(
                 plan, part, ids, torch.stack([*self._pivots(part, softmax_scale, ids), prepared[:, heads]])
             )
+            yield
             of_rows = yield from self._forward(job, softmax_scale, keep=True)
             job.own, job.foreign = ([x._replace(numbers=x.numbers[2:]) for x in y] for y in (job.own, job.foreign))
             of_part = of_heads(grads, heads, key_heads)
             yield from self._backward(job, part, softmax_scale, of_rows, unit, of_part, values[:, heads])
 
-        by_heads(plan, operands, segment_ids, work, at_once=True)
+        by_heads(plan, operands, segment_ids, work)
         return values, *grads
 
     def _forward(self, job: Job, scale: float, keep: bool) -> Generator[None, None, dict[int, tuple[Tensor, ...]]]:
@@ -251,6 +256,7 @@ class SequenceParallel:
             returns.send(step, found)
             del found
         job.foreign.clear()
+        yield
         for chunk, q_grad in q_grads.items():
             job.results[chunk] = [q_grad, *job.results.get(chunk, [])]
         shapes = {}

@@ -21,13 +21,15 @@ from test_relation_kl_group import check, on_gpus, spawn
     "heads, key_heads, batch, rows, groups, each",
     [
         (32, 32, 1, 2**15, 8, (4, 4)),  # 128K tokens on 2 ranks
-        (32, 32, 1, 2**14, 1, (32, 32)),  # and on 4: two groups would take no less memory
+        (32, 32, 1, 2**14, 8, (4, 4)),  # and on 4: shorter visits, for as many groups
+        (32, 32, 1, 2**13, 1, (32, 32)),  # two groups would take no less memory
+        (32, 32, 1, 12288, 4, (8, 8)),
         (32, 32, 1, 2**17, 32, (1, 1)),
         (32, 8, 1, 2**15, 8, (4, 1)),
         (32, 32, 4, 2**15, 32, (1, 1)),
-        (32, 32, 1, 2**14 + 1, 1, (32, 32)),
-        (12, 12, 1, 2**15, 1, (12, 12)),
-        (16, 16, 1, 2**15, 4, (4, 4)),
+        (32, 32, 1, 2**14 - 128, 4, (8, 8)),
+        (12, 12, 1, 2**15, 6, (2, 2)),
+        (16, 16, 1, 2**15, 8, (2, 2)),
         (10, 10, 1, 2**16, 10, (1, 1)),
         (7, 7, 1, 2**14, 1, (7, 7)),
         (4, 1, 1, 9, 1, (4, 1)),
@@ -43,40 +45,35 @@ def test_groups_have_long_visits_and_are_all_of_a_size(
     assert [i for _, k in found for i in range(key_heads)[k]] == list(range(key_heads))
 
 
-def test_groups_have_shorter_visits_at_once() -> None:
-    """Where there would be one or two groups otherwise, not to have more where there are enough."""
-    for rows, groups in ((2**13, 1), (2**14 - 128, 1), (2**14, 4), (2**15, 8)):
-        assert len(head_groups(32, 32, 1, rows, at_once=True)) == groups
-    assert len(head_groups(7, 7, 1, 2**14, at_once=True)) == 1
-    assert len(head_groups(12, 12, 1, 2**15, at_once=True)) == 4
-
-
-def _pieces(count: int, yields: int, log: list[str]) -> list[Iterator[None]]:
+def _pieces(count: int, log: list[str]) -> list[Iterator[None]]:
     def piece(name: str) -> Iterator[None]:
-        for i in range(yields):
+        for i in range(4):
             log.append(f"{name}{i}")
             yield
-        log.append(f"{name}{yields}")
+        log.append(f"{name}4")
 
     return [piece("abcde"[i]) for i in range(count)]
 
 
-def test_pieces_take_turns() -> None:
+@pytest.mark.parametrize(
+    "count, order",
+    [
+        (1, "a0 a1 a2 a3 a4"),
+        (2, "a0 a1 b0 b1 a2 a3 b2 b3 a4 b4"),
+        # The third is on its way before the first's results.
+        (3, "a0 a1 b0 b1 a2 c0 a3 b2 b3 a4 c1 b4 c2 c3 c4"),
+        (4, "a0 a1 b0 b1 a2 c0 a3 b2 d0 b3 a4 c1 b4 d1 c2 c3 d2 d3 c4 d4"),
+    ],
+)
+def test_pieces_take_turns(count: int, order: str) -> None:
     log: list[str] = []
-    take_turns(_pieces(1, 2, log))
-    assert log == ["a0", "a1", "a2"]
-    log.clear()
-    take_turns(_pieces(3, 3, log))
-    assert log == ["a0", "b0", "a1", "b1", "a2", "b2", "a3", "c0", "b3", "c1", "c2", "c3"]
-    for count, yields in ((2, 0), (5, 1), (5, 2)):  # also where the first is done before the second begins
-        log.clear()
-        take_turns(_pieces(count, yields, log))
-        assert sorted(log) == sorted(f"{name}{i}" for name in "abcde"[:count] for i in range(yields + 1))
+    take_turns(_pieces(count, log))
+    assert log == order.split()
 
 
 def _in_groups(pairs: int) -> None:
     """Groups as small as visits of that many pairs of tiles allow, also if there are but two."""
-    chunk_plan._VISIT_PAIRS, chunk_plan._LEAST_GROUPS = pairs, 2
+    chunk_plan._LONG_VISIT, chunk_plan._LEAST_GROUPS = pairs, 2
 
 
 def many_groups() -> None:
