@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -117,9 +117,9 @@ def _second_stream(device: torch.device) -> torch.cuda.Stream:
 def take_turns(pieces: Sequence[Iterator[None]], beside: torch.cuda.Stream | None = None) -> None:
     """Runs all pieces to their end, two at a time, the first one a turn ahead.
 
-    A piece yields four times: when its rows are on their way, when it is about to wait for them, when it has computed
-    everything, and when it is about to wait for its results. Where it would wait, the host starts what another piece
-    has to do until that would wait, and so on: in an order that depends only on the number of pieces.
+    A piece yields twice: when its rows are on their way, and when it is about to wait for them. Then the host starts
+    what another piece has to do until that has come to its end, or would wait, and so on: in an order that depends only
+    on the number of pieces.
 
     Args:
         pieces: what is to be done; they share nothing that one of them writes.
@@ -139,23 +139,20 @@ def take_turns(pieces: Sequence[Iterator[None]], beside: torch.cuda.Stream | Non
 
 
 def _one_after_the_other(pieces: Sequence[Iterator[None]]) -> Iterator[None]:
-    """Yields where the pieces would wait. A piece's rows are sent for before its predecessor's results are: behind
-    these, and so behind another piece's, exchanges would be executed no sooner than that piece is done."""
-    left = deque(pieces)
-    piece = left.popleft() if left else None
-    if piece is not None:
-        next(piece)
-    while piece is not None:
-        next(piece)
-        yield
-        next(piece)
-        following = left.popleft() if left else None
-        if following is not None:
-            next(following)
+    """Yields where it is another piece's turn.
+
+    When a piece has come to its end, the next one's rows are sent for at once: exchanges are executed in the order in
+    which they are issued, and behind those of the other piece they would have to wait until that has computed.
+    """
+    for piece, following in zip_longest(pieces, pieces[1:]):
+        if piece is pieces[0]:
+            next(piece)
         next(piece)
         yield
         next(piece, None)
-        piece = following
+        if following is not None:
+            next(following)
+            yield
 
 
 def halves(heads: int, key_heads: int) -> tuple[list[Heads], list[Heads]]:

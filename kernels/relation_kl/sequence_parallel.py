@@ -89,10 +89,7 @@ class SequenceParallel:
             of_rows = yield from self._forward(job, softmax_scale, keep=False)
             for x, *found in zip(statistics, *(of_rows[each.chunk] for each in job.rows), strict=True):
                 torch.cat(found, 2, out=x[:, heads])
-            job.foreign.clear()
-            yield
             found, works = job.exchanges.results(job.results, {c: [values[:, heads, plan.span(c)]] for c in plan.own})
-            yield
             wait(works)
             for chunk in plan.own:
                 values[:, heads, plan.span(chunk)] = found[chunk][0]
@@ -256,7 +253,6 @@ class SequenceParallel:
             returns.send(step, found)
             del found
         job.foreign.clear()
-        yield
         for chunk, q_grad in q_grads.items():
             job.results[chunk] = [q_grad, *job.results.get(chunk, [])]
         shapes = {}
@@ -266,7 +262,6 @@ class SequenceParallel:
             shapes[chunk] = [k_grads[chunk].new_empty(1).expand(shape), *of_values]
         results, works = job.exchanges.results(job.results, shapes)
         visit_itself(last)
-        yield
         returns.finish()
         wait(works)
         grad, of_keys = grads
