@@ -20,9 +20,10 @@ from relation_kl import nccl_options
 from linearard.errors import UserError
 
 T = TypeVar("T")
-# torch's variables, its present name first. A step allocates tensors of many sizes: in segments that cannot grow,
-# 25 GiB of an H200 were fragments at 114,688 tokens.
-ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+ALLOCATOR_SETTINGS = (
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+)  # torch's variable, and what it was called before
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,7 @@ def initialize(sequence_parallel_size: int, timeout: timedelta = timedelta(minut
         # A plain `python -m`: one process. DeepSpeed would look for an MPI launcher and fail there.
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    if not any(name in os.environ for name in ALLOCATOR_SETTINGS):  # read with the first tensor on a GPU
-        os.environ[ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
+    _let_segments_grow()
     accelerator: Any = get_accelerator()
     if accelerator.device_name() == "cpu":
         # Only inference_all_reduce uses this op; building it takes 40 s and needs ninja.
@@ -184,6 +184,13 @@ def relation_group(context: ParallelContext) -> dist.ProcessGroup | None:
         ranks = list(range(first, first + context.sequence_parallel_size))
         groups.append(dist.new_group(ranks, backend="nccl", pg_options=nccl_options()))
     return groups[context.data_parallel_rank]
+
+
+def _let_segments_grow() -> None:
+    """Tells torch's allocator so, before it has a tensor on a GPU and unless the user has told it something: a step's
+    tensors are of many sizes, and in segments that cannot grow 25 GiB of an H200 were fragments at 114,688 tokens."""
+    if not any(name in os.environ for name in ALLOCATOR_SETTINGS):
+        os.environ[ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
 
 
 def _free_port() -> int:

@@ -12,12 +12,12 @@ forward and backward are one call, are still there, and it ends with its own row
 goes back to its owners meanwhile, in float32. There it is added up in the order of the steps.
 
 Where visits are long, this is done for a few heads at a time (`head_groups`), and a rank holds the buffers of two such
-groups in the place of those of all heads. Two groups take turns (`take_turns`): what one waits for passes while the
-other's visits are computed. To issue whole groups one after the other would not do: exchanges are executed in the order
-in which they are issued, so that a group's first would come after its predecessor's last, and but for its own keys it
-would run alone. A group gives way where it is to wait for rows or results of others, where all ranks have computed
-about as much; in between, where some have done more than others, it does not, for who comes first to an exchange waits,
-and holds multiprocessors meanwhile.
+groups in the place of those of all heads. Two groups take turns (`take_turns`), on two streams: what one waits for
+passes while the other's visits are computed. To issue whole groups one after the other would not do: exchanges are
+executed in the order in which they are issued, so that a group's first would come after its predecessor's last, and but
+for its own keys it would run alone. A group gives way where it is to wait for rows of others, and at its end, where all
+ranks have computed about as much; in between, where some have done more than others, it does not, for who comes first
+to an exchange waits, and holds multiprocessors meanwhile.
 
 A rank's own chunks are visited where they lie in the caller's tensors. Only what is sent is copied, for exchanges want
 it contiguous: for as long as it is on its way, or, of keys that go to several ranks, until the last of them has it. Of
