@@ -20,10 +20,7 @@ from relation_kl import nccl_options
 from linearard.errors import UserError
 
 T = TypeVar("T")
-ALLOCATOR_SETTINGS = (
-    "PYTORCH_ALLOC_CONF",
-    "PYTORCH_CUDA_ALLOC_CONF",
-)  # torch's variable, and what it was called before
+ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch's variable, and its old name
 
 
 @dataclass(frozen=True)
