@@ -253,27 +253,33 @@ class SequenceParallel:
             returns.send(step, found)
             del found
         job.foreign.clear()
-        for chunk, q_grad in q_grads.items():
-            job.results[chunk] = [q_grad, *job.results.get(chunk, [])]
-        shapes = {}
-        for chunk in plan.own:
-            of_values = [] if values is None else [values[:, :, plan.span(chunk)]]
-            shape = self.visits.gradient_shape(q[:, :, plan.span(chunk)])
-            shapes[chunk] = [k_grads[chunk].new_empty(1).expand(shape), *of_values]
-        results, works = job.exchanges.results(job.results, shapes)
+        results, works = self._send_results(job, q, q_grads, values)
         visit_itself(last)
         returns.finish()
         wait(works)
-        grad, of_keys = grads
         for chunk in plan.own:
             span, (q_grad, *value), k_grad = plan.span(chunk), results[chunk], k_grads[chunk]
             if values is not None:
                 values[:, :, span] = value[0]
-            if of_keys is not None:
-                self.visits.finish(k_grad, unit, of_keys[:, :, span])
+            if grads[1] is not None:
+                self.visits.finish(k_grad, unit, grads[1][:, :, span])
             elif q_grad is not k_grad:
                 q_grad += k_grad
-            self.visits.finish(q_grad, unit, grad[:, :, span])
+            self.visits.finish(q_grad, unit, grads[0][:, :, span])
+
+    def _send_results(
+        self, job: Job, q: Tensor, q_grads: dict[int, Tensor], values: Tensor | None
+    ) -> tuple[dict[int, list[Tensor]], list[Any]]:
+        """Gradients of rows, and values, on their way to their owners: those of this rank's chunks, once the works were
+        waited for."""
+        for chunk, q_grad in q_grads.items():
+            job.results[chunk] = [q_grad, *job.results.get(chunk, [])]
+        shapes = {}
+        for chunk in job.plan.own:
+            part = q[:, :, job.plan.span(chunk)]
+            blank = torch.empty(1, dtype=working(q), device=q.device).expand(self.visits.gradient_shape(part))
+            shapes[chunk] = [blank, *([] if values is None else [values[:, :, job.plan.span(chunk)]])]
+        return job.exchanges.results(job.results, shapes)
 
     def _pivots(self, operands: Operands, scale: float, ids: Tensor | None) -> list[Tensor]:
         q_s, k_s, q_t, k_t, _ = operands
