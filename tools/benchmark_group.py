@@ -184,7 +184,7 @@ def _case(
 def _in_groups(call: Callable[[], None], each: int) -> Callable[[], None]:
     """The call with so many heads in a group."""
 
-    def groups(heads: int, *_: Any) -> list[tuple[slice, slice]]:
+    def groups(heads: int, key_heads: int, batch: int, rows: int) -> list[tuple[slice, slice]]:
         return [(slice(i, i + each), slice(i, i + each)) for i in range(0, heads, each)]
 
     def called() -> None:

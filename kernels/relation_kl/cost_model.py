@@ -251,8 +251,7 @@ def _pass(relation: Relation, ranks: int, machine: Machine, backward: bool, apar
         link = max(link, busy) + _transfer(away * result, away * result, machine)
         seconds = max(link, busy + itself - first)
         if ranks > 1:
-            going = {half for (_, half), goes in zip(steps[held:], given[held:], strict=True) if goes}
-            copied = (away * row_vectors if row else 0) + len(going) * key
+            copied = (away * row_vectors if row else 0) + sum(given[held:]) * key
             passes = _passes(relation, vectors, backward, away, copied, sum(needed), sum(given))
             seconds += passes / machine.memory_gb_s / 1e9
         received = away * (row + result) + sum(needed[held:]) * key + sum(given) * gradient

@@ -5,7 +5,7 @@ Every rank starts its exchanges in the same order, and each with one batch of se
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator
 from itertools import zip_longest
 from typing import Any
@@ -65,9 +65,6 @@ class Exchanges:
             (step, chunk, keys), or (step, -1, []) where this rank needs none. Nothing here holds the keys any longer.
         """
         plan, had = self.plan, set(here)
-        goings = [plan.going(step) for step in steps if step not in had]
-        left = Counter(going[1] for going in goings if going is not None)
-        copies: dict[int, list[Tensor]] = {}  # of chunks that go to several ranks one for all
 
         def begin(step: Step) -> list[Any]:
             if step in had:
@@ -78,13 +75,7 @@ class Exchanges:
                 here[step] = [room(x) for x in own[plan.own[step[1]]]]
                 operations += [self.receive(x, coming[0]) for x in here[step]]
             if going is not None:
-                worker, chunk = going
-                if chunk not in copies:
-                    copies[chunk] = [x.contiguous() for x in own[chunk]]
-                operations += [self.send(x, worker) for x in copies[chunk]]
-                left[chunk] -= 1
-                if left[chunk] == 0:
-                    del copies[chunk]
+                operations += [self.send(x, going[0]) for x in own[going[1]]]
             return start(operations)
 
         works = deque(begin(step) for step in steps[:AT_ONCE])

@@ -78,12 +78,7 @@ class Job:
                 yield each, Visit(each.q_s, each.q_t, k_s, k_t, each.ids, of_keys, each.chunk == chunk)
 
 
-def by_heads(
-    plan: Plan,
-    operands: Operands,
-    segment_ids: Tensor | None,
-    work: Callable[..., Iterator[None]],
-) -> None:
+def by_heads(plan: Plan, operands: Operands, segment_ids: Tensor | None, work: Callable[..., Iterator[None]]) -> None:
     """Runs `work(operands, heads, key_heads, ids)` for each group of heads, see `head_groups` and `take_turns`."""
     q, k = operands.student_q, operands.student_k
     ids = None if segment_ids is None else segment_ids.long()

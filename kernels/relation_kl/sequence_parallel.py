@@ -20,10 +20,9 @@ ranks have computed about as much; in between, where some have done more than ot
 to an exchange waits, and holds multiprocessors meanwhile.
 
 A rank's own chunks are visited where they lie in the caller's tensors. Only what is sent is copied, for exchanges want
-it contiguous: for as long as it is on its way, or, of keys that go to several ranks, until the last of them has it. Of
-each group a rank holds the rows of others that it computes, two chunks of keys, copies of four chunks at most on their
-way to others and, in backward, gradients of eight chunks at most: memory O(T), T the local length, whatever P is; and
-no more than two groups of heads at once.
+it contiguous: for each rank anew, and for as long as it is on its way. Of each group a rank holds the rows of others
+that it computes, two chunks of keys, copies of four chunks at most on their way to others and, in backward, gradients
+of eight chunks at most: memory O(T), T the local length, whatever P is; and no more than two groups of heads at once.
 """
 
 from __future__ import annotations

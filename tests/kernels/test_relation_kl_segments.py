@@ -190,7 +190,8 @@ def test_starts_of_random_segments(kind: str, device: torch.device, monkeypatch:
         for ids in (random_ids(kind, 2, seq_len), random_ids(kind, 2, seq_len).abs()):
             if bool((ids >= 0).all()) and kind in ("rising", "falling"):
                 ids = ids.sort(1, descending=kind == "falling").values
-            for keys_end in (0, seq_len // 2):
+            border = seq_len // 32 * 16  # of a tile
+            for keys_end in {0, seq_len // 3, seq_len // 2, border}:
                 names, first_row = visit_of(ids, keys_end, 16)
                 found = starts_and_bounds(names.to(device), 16, 8, first_row, keys_end)
                 starts, bounds = (x.cpu() for x in found)
