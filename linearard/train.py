@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import sys
 import textwrap
 import time
+from typing import NoReturn
 
 from linearard import config as configuration
 from linearard.errors import UserError
@@ -55,5 +57,18 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
+def leave(status: int) -> NoReturn:
+    """Ends the process with `status`: runs what is registered at exit and flushes, but does not finalize Python.
+
+    DeepSpeed's classes keep process groups for ever, so that `destroy_process_group` does not end gloo's threads. One
+    that gives a tensor back while Python is being finalized would abort the process ("terminate called without an
+    active exception", SIGABRT), and the launcher would report a run as failed that has saved all it had to.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from linearard.train import leave
+
 VOCAB, SEQ_LEN, NATIVE = 96, 64, 16
 
 
@@ -31,6 +33,7 @@ def _process(rank: int, world_size: int, rendezvous: str, function: Callable[...
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    leave(0)
 
 
 def tiny_model(kind: str, folder: Path, **changes: Any) -> Path:

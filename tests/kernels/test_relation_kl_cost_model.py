@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ import pytest
 import relation_kl as rk
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from relation_kl import cost_model as cost
 from relation_kl.exchanges import Exchanges
+from test_relation_kl_group import spawn
 
 FREE = cost.Machine(link_gb_s=1e12, launch_seconds=0.0, message_seconds=0.0, memory_gb_s=1e12)
 SELF = cost.Relation(tokens=64, heads=2, key_heads=2, head_dim=8, element_size=4)
@@ -22,12 +21,9 @@ ATTENTION = dataclasses.replace(SELF, heads=4, is_self=False)
 LONG = cost.Relation(tokens=2**17, heads=32, key_heads=32, head_dim=128)
 
 
-def _count(rank: int, ranks: int, rendezvous: str, out: str) -> None:
+def _count(out: str) -> None:
     """Saves the bytes that this rank receives and sends for each relation, forward and backward, at once and apart."""
     os.environ.pop("TRITON_INTERPRET", None)
-    torch.set_num_threads(1)
-    wait = timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks, timeout=wait)
     moved = {"receive": 0, "send": 0}
 
     def counting(name: str) -> Any:
@@ -42,30 +38,27 @@ def _count(rank: int, ranks: int, rendezvous: str, out: str) -> None:
     for name in moved:
         setattr(Exchanges, name, counting(name))
     found = []
-    try:
-        for relation in (SELF, ATTENTION):
-            moved.update(receive=0, send=0)
-            shape = (1, relation.heads, relation.tokens // ranks, relation.head_dim)
-            rows, upstream = torch.randn(shape), torch.ones(shape[:3])
-            operands = [rows]
-            if not relation.is_self:
-                operands.append(rows[:, : relation.key_heads].contiguous())
-            teachers, kind = [x.flip(2) for x in operands], "relation" if relation.is_self else "attention"
-            options: Any = {"group": dist.group.WORLD, "backend": "torch"}
-            getattr(rk, f"{kind}_kl_value_and_grad")(*operands, *teachers, upstream, **options)
-            found.append((moved["receive"], moved["send"]))
-            moved.update(receive=0, send=0)
-            leaves = [x.detach().requires_grad_() for x in operands]
-            getattr(rk, f"{kind}_kl")(*leaves, *teachers, **options).backward(upstream)
-            found.append((moved["receive"], moved["send"]))
-    finally:
-        dist.destroy_process_group()
-    torch.save(found, f"{out}-{rank}")
+    for relation in (SELF, ATTENTION):
+        moved.update(receive=0, send=0)
+        shape = (1, relation.heads, relation.tokens // dist.get_world_size(), relation.head_dim)
+        rows, upstream = torch.randn(shape), torch.ones(shape[:3])
+        operands = [rows]
+        if not relation.is_self:
+            operands.append(rows[:, : relation.key_heads].contiguous())
+        teachers, kind = [x.flip(2) for x in operands], "relation" if relation.is_self else "attention"
+        options: Any = {"group": dist.group.WORLD, "backend": "torch"}
+        getattr(rk, f"{kind}_kl_value_and_grad")(*operands, *teachers, upstream, **options)
+        found.append((moved["receive"], moved["send"]))
+        moved.update(receive=0, send=0)
+        leaves = [x.detach().requires_grad_() for x in operands]
+        getattr(rk, f"{kind}_kl")(*leaves, *teachers, **options).backward(upstream)
+        found.append((moved["receive"], moved["send"]))
+    torch.save(found, f"{out}-{dist.get_rank()}")
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_the_bytes_are_those_that_are_sent(ranks: int, tmp_path: Path) -> None:
-    mp.spawn(_count, (ranks, str(tmp_path / "rendezvous"), str(tmp_path / "bytes")), nprocs=ranks)
+    spawn(ranks, _count, tmp_path, str(tmp_path / "bytes"))
     counted = [torch.load(tmp_path / f"bytes-{rank}") for rank in range(ranks)]
     cases = [(relation, apart) for relation in (SELF, ATTENTION) for apart in (False, True)]
     for i, (relation, apart) in enumerate(cases):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -37,6 +38,8 @@ def _process(rank: int, ranks: int, rendezvous: str, function: Callable[..., Non
         function(*arguments)
     finally:
         dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads may outlive their group, and abort a process whose interpreter is being finalized
 
 
 def ids_of(kind: str, batch: int, length: int, shard: int) -> Tensor | None:
