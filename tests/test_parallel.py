@@ -27,7 +27,7 @@ def test_segments_grow_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 LEAVING = """
-import sys, time
+import atexit, sys, time
 import torch
 import torch.distributed as dist
 from linearard.train import leave
@@ -47,6 +47,7 @@ if rank == 0:
         pass
 else:
     time.sleep(60)
+atexit.register(print, "closed")
 print("all is saved")
 leave(3)
 """
@@ -59,7 +60,7 @@ def test_leaving_with_threads_of_gloo_at_work(tmp_path: Path) -> None:
         subprocess.Popen([*command, str(rank), str(tmp_path)], stdout=subprocess.PIPE, text=True) for rank in range(2)
     )
     try:
-        assert first.communicate(timeout=60)[0] == "all is saved\n"
+        assert first.communicate(timeout=60)[0] == "all is saved\nclosed\n"
         assert first.returncode == 3
     finally:
         second.kill()
