@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .hopper_backward import backward_kernel
-from .hopper_forward import forward_kernel
+from .hopper_forward import REGISTERS, forward_kernel
 from .hopper_gradient import finish_kernel
 from .launch import launch
 from .tiles import HOPPER_ROWS, Pipeline, divide_last_wave, grid
@@ -27,6 +27,7 @@ _HALF = HOPPER_ROWS // 2
 # Programs have 4 warps to begin with; the kernels call for the others. Fused multiply-adds do no harm here: those
 # whose rounding matters are written out, and what must cancel is computed alike for student and teacher.
 OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
+_FORWARD_OPTIONS = OPTIONS | {"maxnreg": REGISTERS}
 
 
 def can_fetch(operands: Operands) -> bool:
@@ -64,8 +65,8 @@ def forward(
     flags = torch.empty(batch, heads, tiles, 2, dtype=torch.int32, device=q.device)
     launch(
         forward_kernel,
-        grid(tiles, batch * heads, multiprocessors(q.device)),
-        *descriptors(operands, pipeline),
+        grid(tiles, batch * heads, 2 * multiprocessors(q.device)),
+        *descriptors(operands, pipeline.forward_n, pipeline.block_d),
         *(of_rows or (flags, flags)),
         kl,
         kl,
@@ -79,9 +80,9 @@ def forward(
         0,
         seq_len,
         softmax_scale * LOG2_E,
-        **{"N": pipeline.block_n, "D": pipeline.block_d, "K": pipeline.block_k, "SLOTS": pipeline.slots},
+        **{"N": pipeline.forward_n, "D": pipeline.block_d, "K": pipeline.block_k, "SLOTS": pipeline.slots},
         **{"SEGMENTS": of_rows is not None, "VISIT": False},
-        **OPTIONS,
+        **_FORWARD_OPTIONS,
     )
     return kl, sum_s, sum_t, flags
 
@@ -123,7 +124,7 @@ def backward(
     launch(
         backward_kernel,
         min(tiles * batch * heads, multiprocessors(q.device)),
-        *descriptors(operands, pipeline),
+        *descriptors(operands, pipeline.block_n, pipeline.block_d),
         *(segments or (sum_s, sum_s, sum_s)),
         sum_s,
         sum_t,
@@ -208,8 +209,8 @@ def forward_visit(
     flags = torch.empty(batch, heads, tiles, 2, dtype=torch.int32, device=a.device)
     launch(
         forward_kernel,
-        grid(tiles, batch * heads, multiprocessors(a.device)),
-        *descriptors(Operands(visit.q_s, visit.k_s, visit.q_t, visit.k_t, False), pipeline),
+        grid(tiles, batch * heads, 2 * multiprocessors(a.device)),
+        *descriptors(Operands(visit.q_s, visit.k_s, visit.q_t, visit.k_t, False), pipeline.forward_n, pipeline.block_d),
         *(of_rows or (flags, flags)),
         a,
         *pivots,
@@ -222,9 +223,9 @@ def forward_visit(
         places.first_row,
         places.keys_end,
         softmax_scale * LOG2_E,
-        **{"N": pipeline.block_n, "D": pipeline.block_d, "K": pipeline.block_k, "SLOTS": pipeline.slots},
+        **{"N": pipeline.forward_n, "D": pipeline.block_d, "K": pipeline.block_k, "SLOTS": pipeline.slots},
         **{"SEGMENTS": of_rows is not None, "VISIT": True},
-        **OPTIONS,
+        **_FORWARD_OPTIONS,
     )
     return flags
 
@@ -263,7 +264,7 @@ def backward_visit(
     launch(
         backward_kernel,
         items,  # a piece each: between them the exchanges' kernels find multiprocessors
-        *descriptors(Operands(visit.q_s, visit.k_s, visit.q_t, visit.k_t, False), pipeline),
+        *descriptors(Operands(visit.q_s, visit.k_s, visit.q_t, visit.k_t, False), pipeline.block_n, pipeline.block_d),
         *(segments or (row_grad, row_grad, row_grad)),
         *statistics,
         row_grad,
@@ -300,9 +301,9 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def descriptors(operands: Operands, pipeline: Pipeline) -> tuple[TensorDescriptor, ...]:
-    """Of student_q, student_k, teacher_q and teacher_k, as both kernels take them."""
-    q, k = (_HALF, pipeline.block_d), (pipeline.block_n, pipeline.block_d)
+def descriptors(operands: Operands, keys: int, channels: int) -> tuple[TensorDescriptor, ...]:
+    """Of student_q, student_k, teacher_q and teacher_k, keys so many at a time."""
+    q, k = (_HALF, channels), (keys, channels)
     return (
         descriptor(operands.student_q, *q),
         descriptor(operands.student_k, *k),

@@ -55,11 +55,10 @@ def _ahead(D):
 
 @gluon.jit
 def _without_invisible(
-    w, room, segments, starts, general, row_start, key_start, seq_len, keys_end,
-    SEGMENTS: gl.constexpr, VISIT: gl.constexpr,
+    w, room, segments, row_start, key_start, seq_len, keys_end, SEGMENTS: gl.constexpr, VISIT: gl.constexpr
 ):  # fmt: skip
-    """The weights w [64, N] with those of invisible pairs set to 0, in shared memory (room): with masks in registers,
-    ptxas spills others in the loop around it."""
+    """The weights w [64, N] with those of invisible pairs set to 0, by ids, in shared memory (room): with these masks
+    in registers, ptxas spills others in the loop around it, or, without SEGMENTS, puts it in an order that is slower."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     tma.store_wait(0)  # what lay there before is on its way
     barrier()
@@ -67,17 +66,7 @@ def _without_invisible(
     barrier()
     rows = row_start + gl.arange(0, w.shape[0], gl.SliceLayout(1, LAYOUT))
     keys = key_start + gl.arange(0, w.shape[1], gl.SliceLayout(0, LAYOUT))
-    first_keys = rows
-    if SEGMENTS:
-        first_keys = gl.load(starts + rows, mask=rows < seq_len, other=seq_len)
-        if general:
-            visible = visible_pairs(segments, rows, keys, seq_len, keys_end, False, SEGMENTS, VISIT)
-            x = room.load(LAYOUT)
-            room.store(gl.where(visible, x, gl.zeros_like(x)))
-            first_keys = gl.zeros_like(rows)
-    visible = seen(first_keys, rows, keys, SEGMENTS)
-    if VISIT:
-        visible = visible & (keys < keys_end)[None, :]
+    visible = visible_pairs(segments, rows, keys, seq_len, keys_end, False, SEGMENTS, VISIT)
     x = room.load(LAYOUT)
     room.store(gl.where(visible, x, gl.zeros_like(x)))
     barrier()
@@ -129,11 +118,12 @@ def _backward_rows(
             # The compiler is to see that the rows begin there, for N = ROWS: half of the pairs need no work then.
             last = tile_start + ROWS - N
         names = segments + batch.to(gl.int64) * seq_len
-        first_keys = starts + batch.to(gl.int64) * seq_len
         start = tile_start + HALF * HALF_ROWS
         rows = start + gl.arange(0, HALF_ROWS, OF_ROWS)
         live = rows < seq_len
+        first_keys = rows
         if SEGMENTS:
+            first_keys = gl.load(starts + batch.to(gl.int64) * seq_len + rows, mask=live, other=seq_len)
             live = names_of(names, rows, seq_len, kind == ALIKE) >= 0
         if VISIT:
             place = (batch * heads + head).to(gl.int64) * (seq_len - first_row) + rows - first_row
@@ -196,14 +186,21 @@ def _backward_rows(
                 at = visited % 2
             if (place_of_keys == 0) | (place_of_keys >= full >> 3):
                 if SEGMENTS:
+                    names = segments + (batch + fresh).to(gl.int64) * seq_len
                     of_keys = gl.load(bounds + (batch * gl.cdiv(seq_len, ROWS) + key_start // ROWS) * 5 + 4)
                     if of_keys & 3 == PADDED:
                         # Both warpgroups do it: neither needs to wait for the other then.
                         clear_padding(y, names + fresh, key_start, seq_len)
-                w = _without_invisible(
-                    w, weights.index(2 * at + HALF + fresh), names + fresh, first_keys + fresh, full & GENERAL != 0,
-                    start + fresh, key_start, seq_len, keys_end, SEGMENTS, VISIT,
-                )  # fmt: skip
+                if SEGMENTS and full & GENERAL == 0:
+                    rows = start + fresh + gl.arange(0, HALF_ROWS, OF_ROWS)
+                    keys = key_start + gl.arange(0, N, OF_KEYS)
+                    ends = gl.minimum(rows, keys_end - 1) if VISIT else rows
+                    w = gl.where(seen(first_keys + fresh, ends, keys, SEGMENTS), w, gl.zeros_like(w))
+                else:
+                    w = _without_invisible(
+                        w, weights.index(2 * at + HALF + fresh), names + fresh, start + fresh, key_start, seq_len,
+                        keys_end, SEGMENTS, VISIT,
+                    )  # fmt: skip
             # The rows' gradient takes the weights from registers, while they are on their way to the other warpgroup.
             acc = gradient_product(w, y, acc, K, True)
             if not AHEAD:

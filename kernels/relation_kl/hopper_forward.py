@@ -1,4 +1,7 @@
-"""The Hopper forward kernel; see hopper_common.py for what it shares with the backward kernel."""
+"""The Hopper forward kernel; see hopper_common.py for what it shares with the backward kernel.
+
+Two programs share a multiprocessor: while one waits for products, begins or ends, the other computes.
+"""
 
 # What the decorators make of these functions is not what pyright reads.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -27,8 +30,11 @@ from .hopper_common import (
     seen,
     span,
 )
-from .segment_kernels import GENERAL
+from .segment_kernels import ALIKE, GENERAL
 
+# Registers a thread with which a program begins: two programs, of three times 128 threads each, fit a multiprocessor.
+# Warpgroups then have 112 and 104, and what fetches 24, as a warpgroup that is mostly not there.
+REGISTERS = 80
 # Sums relative to the own logit that are larger are kept as minus their logarithm.
 _LARGE = gl.constexpr(2.0**80)
 _LN2 = gl.constexpr(0.6931471805599453)
@@ -66,11 +72,12 @@ def _fetch_keys(k, at, slot, phase, ring, ready, free, N: gl.constexpr, D: gl.co
 
 @gluon.jit
 def _span(last, lo, lo_full, kind, N: gl.constexpr, SEGMENTS: gl.constexpr, VISIT: gl.constexpr):
-    """As `span`; of a row tile that the general kernel does again no more than the first tile."""
+    """As `span`; of a row tile that the general kernel does again no more than its own tokens."""
     count, full = span(last, lo, lo_full, N, VISIT)
     if SEGMENTS:
-        count = gl.where(kind & GENERAL != 0, 1, count)
-        full = gl.where(kind & GENERAL != 0, 1, full)
+        count = gl.where(kind & GENERAL != 0, ROWS // N, count)
+        # The bounds do not say which of its own tokens a row sees.
+        full = gl.where(kind == ALIKE, full, 1)
     return count, full
 
 
@@ -95,6 +102,43 @@ def _forward_fetch(
 
 
 @gluon.jit
+def _add_keys(
+    x_s, x_t, ring, ready, free, slot, phase, m_s, m_t, first_keys, start, log2_scale, l_s, l_t, a,
+    K: gl.constexpr, SLOTS: gl.constexpr, MASK: gl.constexpr,
+):  # fmt: skip
+    """Add the tile of keys that begins at start, all of them before the rows, to the sums; with MASK those from
+    first_keys on. Returns which buffer comes next, and the sums."""
+    N: gl.constexpr = ring.shape[3]
+    D: gl.constexpr = ring.shape[4]
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    none = gl.zeros([HALF_ROWS, N], gl.float32, mma)
+    mbarrier.wait(ready.index(slot), phase)
+    s = logits(x_s, ring.index(slot).reshape([N, D]), none, K)
+    slot_t, phase_t = next_slot(slot, phase, SLOTS)
+    mbarrier.wait(ready.index(slot_t), phase_t)
+    t = logits(x_t, ring.index(slot_t).reshape([N, D]), none, K)
+    s = warpgroup_mma_wait(1 if K == D else 2, deps=[s])
+    mbarrier.arrive(free.index(slot))
+    # beside the teacher's product
+    z_s = exponent(s, log2_scale, m_s)
+    keys = start + gl.arange(0, N, gl.SliceLayout(0, mma))
+    if MASK:
+        z_s = gl.where(keys[None, :] >= first_keys[:, None], z_s, MASKED)
+    l_s += partial_sum(gl.exp2(z_s))
+    t = warpgroup_mma_wait(0, deps=[t])
+    mbarrier.arrive(free.index(slot_t))
+    z_t = exponent(t, log2_scale, m_t)
+    if MASK:
+        # Always 0, which the compiler cannot know: it would keep the mask, for which there are no registers.
+        z_t = gl.where(keys[None, :] >= (first_keys + (slot >> 30))[:, None], z_t, MASKED)
+    p_t = gl.exp2(z_t)
+    l_t += partial_sum(p_t)
+    a += partial_sum(p_t * (z_t - z_s))
+    slot, phase = next_slot(slot_t, phase_t, SLOTS)
+    return slot, phase, l_s, l_t, a
+
+
+@gluon.jit
 def _forward_rows(
     starts, bounds, kl, pivot_s, pivot_t, sum_s, sum_t, flags, sequence, tile_start, last, seq_len,
     first_row, keys_end, log2_scale, own_s, own_t, own_ready, ring, ready, free,
@@ -113,28 +157,35 @@ def _forward_rows(
     OF_KEYS: gl.constexpr = gl.SliceLayout(0, mma)
     x_s = own_s.index(HALF).reshape([HALF_ROWS, D])
     x_t = own_t.index(HALF).reshape([HALF_ROWS, D])
-    rows = tile_start + HALF * HALF_ROWS + gl.arange(0, HALF_ROWS, OF_ROWS)
+    start = tile_start + HALF * HALF_ROWS
+    rows = start + gl.arange(0, HALF_ROWS, OF_ROWS)
     none = gl.zeros([HALF_ROWS, N], gl.float32, mma)
-    slot_s = gl.to_tensor(0)
-    phase_s = gl.to_tensor(0)
-    slot_t, phase_t = next_slot(slot_s, phase_s, SLOTS)
+    slot = gl.to_tensor(0)
+    phase = gl.to_tensor(0)
+    # Tiles of keys behind all of these rows, which the other warpgroup's see: not looked at.
+    behind = 0
+    if HALF == 0:
+        behind = gl.where(last > start, 1, 0) if VISIT else 1
+        for _ in range(2 * behind):
+            mbarrier.wait(ready.index(slot), phase)
+            mbarrier.arrive(free.index(slot))
+            slot, phase = next_slot(slot, phase, SLOTS)
 
     # The tile on the diagonal
+    slot_t, phase_t = next_slot(slot, phase, SLOTS)
     mbarrier.wait(own_ready, 0)
-    mbarrier.wait(ready.index(slot_s), phase_s)
+    mbarrier.wait(ready.index(slot), phase)
     # The bounds have come beside the first tiles.
     count, full = _span(last, lo, lo_full, kind, N, SEGMENTS, VISIT)
     # Together they take one register less beside the tile on the diagonal.
     full_and_kind = full * 8 + kind
-    y = ring.index(slot_s).reshape([N, D])
-    s = logits(x_s, y, none, K)
+    s = logits(x_s, ring.index(slot).reshape([N, D]), none, K)
     mbarrier.wait(ready.index(slot_t), phase_t)
-    y = ring.index(slot_t).reshape([N, D])
-    t = logits(x_t, y, none, K)
+    t = logits(x_t, ring.index(slot_t).reshape([N, D]), none, K)
     s, t = warpgroup_mma_wait(0, deps=[s, t])
-    mbarrier.arrive(free.index(slot_s))
+    mbarrier.arrive(free.index(slot))
     mbarrier.arrive(free.index(slot_t))
-    keys = last + gl.arange(0, N, OF_KEYS)
+    keys = last - behind * N + gl.arange(0, N, OF_KEYS)
     first_keys = rows
     ends = rows
     if SEGMENTS:
@@ -158,59 +209,19 @@ def _forward_rows(
     l_t = partial_sum(p_t)
     a = partial_sum(p_t * (z_t - z_s))
 
-    # From here on the student's product is one tile ahead. After the last tile it is taken of what the buffer holds,
-    # and not used.
-    slot_s, phase_s = next_slot(slot_t, phase_t, SLOTS)
-    mbarrier.wait(ready.index(slot_s), phase_s, pred=count > 1)
-    y = ring.index(slot_s).reshape([N, D])
-    s = warpgroup_mma_wait(0, deps=[logits(x_s, y, none, K)])
+    slot, phase = next_slot(slot_t, phase_t, SLOTS)
     full = full_and_kind >> 3
-    for j in range(1, full):
-        slot_t, phase_t = next_slot(slot_s, phase_s, SLOTS)
-        mbarrier.wait(ready.index(slot_t), phase_t)
-        y = ring.index(slot_t).reshape([N, D])
-        t = logits(x_t, y, none, K)
-        mbarrier.arrive(free.index(slot_s))
-        # beside the teacher's product
-        z_s = exponent(s, log2_scale, m_s)
-        l_s += partial_sum(gl.exp2(z_s))
-        slot_s, phase_s = next_slot(slot_t, phase_t, SLOTS)
-        mbarrier.wait(ready.index(slot_s), phase_s, pred=j + 1 < count)
-        y = ring.index(slot_s).reshape([N, D])
-        s = logits(x_s, y, none, K)
-        t = warpgroup_mma_wait(1 if K == D else 2, deps=[t])
-        mbarrier.arrive(free.index(slot_t))
-        # beside the student's next product
-        z_t = exponent(t, log2_scale, m_t)
-        p_t = gl.exp2(z_t)
-        l_t += partial_sum(p_t)
-        a += partial_sum(p_t * (z_t - z_s))
-        s = warpgroup_mma_wait(0, deps=[s])
-
+    for j in range(behind + 1, full):
+        slot, phase, l_s, l_t, a = _add_keys(
+            x_s, x_t, ring, ready, free, slot, phase, m_s, m_t, first_keys, last - j * N, log2_scale, l_s, l_t, a,
+            K, SLOTS, False,
+        )  # fmt: skip
     if SEGMENTS:
-        for j in range(full, count):
-            slot_t, phase_t = next_slot(slot_s, phase_s, SLOTS)
-            mbarrier.wait(ready.index(slot_t), phase_t)
-            y = ring.index(slot_t).reshape([N, D])
-            t = logits(x_t, y, none, K)
-            mbarrier.arrive(free.index(slot_s))
-            keys = last - j * N + gl.arange(0, N, OF_KEYS)
-            visible = keys[None, :] >= first_keys[:, None]
-            z_s = gl.where(visible, exponent(s, log2_scale, m_s), MASKED)
-            l_s += partial_sum(gl.exp2(z_s))
-            slot_s, phase_s = next_slot(slot_t, phase_t, SLOTS)
-            mbarrier.wait(ready.index(slot_s), phase_s, pred=j + 1 < count)
-            y = ring.index(slot_s).reshape([N, D])
-            s = logits(x_s, y, none, K)
-            t = warpgroup_mma_wait(1 if K == D else 2, deps=[t])
-            mbarrier.arrive(free.index(slot_t))
-            # Always 0, which the compiler cannot know: it would keep the mask, for which there are no registers.
-            visible = keys[None, :] >= (first_keys + (slot_s >> 30))[:, None]
-            z_t = gl.where(visible, exponent(t, log2_scale, m_t), MASKED)
-            p_t = gl.exp2(z_t)
-            l_t += partial_sum(p_t)
-            a += partial_sum(p_t * (z_t - z_s))
-            s = warpgroup_mma_wait(0, deps=[s])
+        for j in range(gl.maximum(full, behind + 1), count):
+            slot, phase, l_s, l_t, a = _add_keys(
+                x_s, x_t, ring, ready, free, slot, phase, m_s, m_t, first_keys, last - j * N, log2_scale, l_s, l_t, a,
+                K, SLOTS, True,
+            )  # fmt: skip
 
     l_s = gl.convert_layout(gl.sum(l_s, 1), OF_ROWS)
     l_t = gl.convert_layout(gl.sum(l_t, 1), OF_ROWS)
@@ -301,5 +312,5 @@ def forward_kernel(
             )),
         ],
         [4, 1],
-        [240, 24],
+        [104, 24],
     )  # fmt: skip

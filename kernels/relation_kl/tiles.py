@@ -31,17 +31,18 @@ HOPPER_ROWS = 128
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The shapes of the Hopper kernels: HOPPER_ROWS rows against block_n keys at a time.
+    """The shapes of the Hopper kernels: HOPPER_ROWS rows against forward_n keys at a time, or block_n in backward.
 
     Vectors are padded to block_d channels in shared memory; logits and gradients are of the first block_k of them: all,
     or half of them and a power of two. `slots` is the number of buffers of keys, the student's and the teacher's
     counted singly, in the forward kernel.
     """
 
+    forward_n: int
+    slots: int
     block_n: int
     block_d: int
     block_k: int
-    slots: int
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,13 @@ class WidePipeline:
     block_k: int
 
 
-# Channels up to which it serves -> pipeline. 128 channels take 224 KiB of shared memory, of 227 that a block can have.
+# Channels up to which it serves -> pipeline. With 128 channels backward takes 224 KiB of shared memory, of 227 that a
+# program can have, and forward 112, of 113 that two programs on a multiprocessor can have each.
 _PIPELINES = {
-    64: Pipeline(128, 64, 64, 8),
-    80: Pipeline(128, 128, 80, 5),
-    96: Pipeline(128, 128, 96, 5),
-    128: Pipeline(128, 128, 128, 5),
+    64: Pipeline(64, 8, 128, 64, 64),
+    80: Pipeline(64, 3, 128, 128, 80),
+    96: Pipeline(64, 3, 128, 128, 96),
+    128: Pipeline(64, 3, 128, 128, 128),
 }
 # The same for more channels. They take 224 to 226 KiB.
 _WIDE_PIPELINES = {192: WidePipeline(128, 128, 3, 64, 256, 192), 256: WidePipeline(128, 128, 3, 64, 256, 256)}
