@@ -30,9 +30,8 @@ class Plan:
         rank: this one, in the group.
         ranks: P.
         lengths: tokens of a rank's first and second chunk.
-        rows: for each rank the chunks whose rows it computes, in order.
+        rows: for each rank the two chunks whose rows it computes, in order; their keys are there, too.
         sees: [2 P, 2 P] bool as nested lists: whether a chunk's rows may see a chunk's keys.
-        shared: whether a chunk's keys are the same tensors as its rows, so that they are where these are.
     """
 
     rank: int
@@ -40,7 +39,6 @@ class Plan:
     lengths: tuple[int, int]
     rows: list[list[int]]
     sees: list[list[bool]]
-    shared: bool
 
     @property
     def own(self) -> tuple[int, int]:
@@ -54,24 +52,23 @@ class Plan:
 
     @property
     def steps(self) -> list[tuple[int, int]]:
-        """(distance to the owner, which of its chunks) of the keys of other ranks, in the order of the visits."""
+        """(distance to the rank that computes the chunk, which of its two) of the keys of other ranks, in the order of
+        the visits."""
         return [(distance, half) for distance in range(1, self.ranks) for half in (0, 1)]
 
     def fetches(self, worker: int, chunk: int) -> bool:
         """Whether the chunk's keys go to `worker`: rows that it computes may see them, and it has not got them yet."""
-        if self.shared and chunk in self.rows[worker]:
-            return False
-        return any(self.sees[row][chunk] for row in self.rows[worker])
+        return chunk not in self.rows[worker] and any(self.sees[row][chunk] for row in self.rows[worker])
 
     def coming(self, step: tuple[int, int]) -> tuple[int, int] | None:
-        """(owner, chunk) of the keys that come to this rank in a step, if any do."""
-        owner = (self.rank - step[0]) % self.ranks
-        chunk = 2 * owner + step[1]
-        return (owner, chunk) if self.fetches(self.rank, chunk) else None
+        """(from, chunk) of the keys that come to this rank in a step, if any do."""
+        source = (self.rank - step[0]) % self.ranks
+        chunk = self.rows[source][step[1]]
+        return (source, chunk) if self.fetches(self.rank, chunk) else None
 
     def going(self, step: tuple[int, int]) -> tuple[int, int] | None:
-        """(worker, chunk) of this rank's keys that go elsewhere in a step, if they do."""
-        worker, chunk = (self.rank + step[0]) % self.ranks, 2 * self.rank + step[1]
+        """(to, chunk) of the keys that go from this rank in a step, if any do."""
+        worker, chunk = (self.rank + step[0]) % self.ranks, self.rows[self.rank][step[1]]
         return (worker, chunk) if self.fetches(worker, chunk) else None
 
     def span(self, chunk: int) -> slice:
@@ -129,7 +126,7 @@ def make_plan(operands: Operands, segment_ids: Tensor | None, group: Any) -> Pla
         worker = next((w for w in wanted if w in free), min(free))
         free.remove(worker)
         rows[worker] = sorted((less, more))
-    return Plan(rank, ranks, lengths, rows, sees, operands.self_relation)
+    return Plan(rank, ranks, lengths, rows, sees)
 
 
 def head_groups(heads: int, key_heads: int, batch: int, rows: int) -> list[tuple[slice, slice]]:

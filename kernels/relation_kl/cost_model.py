@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 4  # of rows with keys; each is 2 D operations a pair and head
 FP32 = 4  # bytes
+_AT_ONCE = 3  # `exchanges.AT_ONCE`, which needs torch
 
 
 @dataclass(frozen=True)
@@ -106,17 +107,18 @@ def operations(relation: Relation, ranks: int) -> float:
 def sequence(relation: Relation, ranks: int, machine: Machine, apart: bool = False) -> Cost:
     """Mode sequence: `relation_kl_value_and_grad` and its like, a pass over the keys for each of forward and backward.
 
-    In forward a rank's own rows and keys hide the coming of the rows that it computes for others, and what can be
-    computed with these the first keys; in each further step it computes with the chunk of keys that it has, while the
-    next ones come in and, in backward, the gradient of the last one goes out. In backward, whose first two chunks of
-    keys are still there, its own rows and keys, which come last, hide the way back of the gradients.
+    In forward a rank's own chunk, with itself, hides the coming of the one that it computes for another, and its two
+    chunks with each other the first keys; in each further step it computes with the chunk of keys that it has, while
+    the next ones come in and, in backward, the gradients of the last ones go out. In backward, whose first chunks of
+    keys are still there, its two chunks with each other hide the last gradients, and its own one, which comes last, the
+    way back of the results.
 
     Args:
         relation: what is computed.
         ranks: P.
         machine: rates.
-        apart: forward and backward are calls of their own, as through autograd: rows and all keys come in for each;
-            half of the heads of a rank's own rows and keys hide the rows in backward.
+        apart: forward and backward are calls of their own, as through autograd: chunks and all keys come in for each;
+            half of the heads of a rank's own chunk hide the other one's coming in backward.
 
     Raises:
         ValueError: chunks of unequal length.
@@ -190,15 +192,17 @@ def _pass(relation: Relation, ranks: int, machine: Machine, backward: bool, apar
     """Forward or backward in mode sequence, for every rank, as if no other one were late."""
     chunk = relation.batch * relation.tokens // (2 * ranks)
     vectors = chunk * relation.head_dim
-    # With a row come numbers: its pivots, of student and teacher, and the upstream gradient.
+    # With a chunk come its rows' pivots, of student and teacher, and the upstream gradient; in attention its keys, too.
     numbers = (1 if backward else 2) if apart else 3
-    row_vectors, row = relation.heads * 2 * vectors * relation.element_size, 0
-    if not backward or apart:
-        row = row_vectors + relation.heads * numbers * chunk * FP32
-    # What a row gives; at once, its divergence goes back with its gradient.
-    result = relation.heads * FP32 * ((vectors if backward else 0) + (chunk if apart != backward else 0))
     key = relation.key_heads * 2 * vectors * relation.element_size
+    of_keys = 0 if relation.is_self else 1
+    chunk_vectors, chunk_bytes = relation.heads * 2 * vectors * relation.element_size + of_keys * key, 0
+    if not backward or apart:
+        chunk_bytes = chunk_vectors + relation.heads * numbers * chunk * FP32
+    # What it gives: gradients; its divergence, at once, goes back with them.
     gradient = relation.key_heads * vectors * FP32 if backward else 0
+    result = gradient * of_keys + (relation.heads * vectors * FP32 if backward else 0)
+    result += relation.heads * chunk * FP32 if apart != backward else 0
     products = BACKWARD_PRODUCTS if backward else FORWARD_PRODUCTS
     whole = products * 2 * relation.heads * vectors * (relation.tokens / (2 * ranks)) / (machine.tflops * 1e12)
     visit, diagonal = max(machine.launch_seconds, whole), max(machine.launch_seconds, whole / 2)
@@ -206,38 +210,36 @@ def _pass(relation: Relation, ranks: int, machine: Machine, backward: bool, apar
     steps = [(distance, half) for distance in range(1, ranks) for half in (0, 1)]
     if backward:
         steps.reverse()
-    held = 2 if backward and not apart else 0  # chunks of keys
+    held = _AT_ONCE if backward and not apart else 0  # chunks of keys
 
     def visits(computed: Iterable[int], keys: Iterable[int]) -> float:
         """Seconds of these rows with these chunks of keys."""
         return sum(visit if r > k else diagonal for r in computed for k in keys if r >= k)
 
     def fetches(worker: int, keys: int) -> bool:
-        """Of a self-relation they are there where the chunk's rows are."""
-        return keys <= rows[worker][1] and not (relation.is_self and keys in rows[worker])
+        return keys <= rows[worker][1] and keys not in rows[worker]
 
     found = []
     for rank in range(ranks):
-        own = (2 * rank, 2 * rank + 1)
-        mine, others = [r for r in rows[rank] if r in own], [r for r in rows[rank] if r not in own]
+        own = [r for r in rows[rank] if r // 2 == rank]
+        others = [r for r in rows[rank] if r not in own]
         away = len(others)  # as many of its own chunks are computed elsewhere
-        comes = [2 * ((rank - distance) % ranks) + half for distance, half in steps]
+        comes = [rows[(rank - distance) % ranks][half] for distance, half in steps]
         needed = [fetches(rank, keys) for keys in comes]
-        given = [fetches((rank + distance) % ranks, 2 * rank + half) for distance, half in steps]
+        given = [fetches((rank + distance) % ranks, rows[rank][half]) for distance, half in steps]
         moves = [_transfer(key * a, key * b, machine) for a, b in zip(needed, given, strict=True)]
         moves[:held] = [0.0] * min(held, len(moves))
-        itself = visits(mine, own)
-        home = visits(others, own) + (visits(rows[rank], others) if relation.is_self else 0.0)
+        itself, alone = visits(own, own), len(others) * diagonal
+        together = visits(rows[rank], rows[rank]) - itself - alone
         # When the link and the rank are through with what they have to do so far.
-        there = link = _transfer(away * row, away * row, machine)
+        link = _transfer(away * chunk_bytes, away * chunk_bytes, machine)
         first = itself
         if backward:
             first = itself / 2 if apart and relation.key_heads > 1 else 0.0
-        busy = max(there, first) + home
-        if not backward:  # keys are sent for behind these
-            link = max(link, first)
+        busy = link = max(link, first)
+        busy += alone if backward else alone + together
         arrivals = []
-        for move in moves[:2]:
+        for move in moves[:_AT_ONCE]:
             link += move
             arrivals.append(link)
         for number, keys in enumerate(comes):
@@ -245,30 +247,31 @@ def _pass(relation: Relation, ranks: int, machine: Machine, backward: bool, apar
             if backward:
                 link = max(link, busy)
                 link += _transfer(gradient * given[number], gradient * needed[number], machine)
-            for move in moves[number + 2 : number + 3]:
+            for move in moves[number + _AT_ONCE : number + _AT_ONCE + 1]:
                 link = max(link, busy) + move
                 arrivals.append(link)
+        if backward:
+            busy = max(busy + together, link)
         link = max(link, busy) + _transfer(away * result, away * result, machine)
         seconds = max(link, busy + itself - first)
         if ranks > 1:
-            copied = (away * row_vectors if row else 0) + sum(given[held:]) * key
-            passes = _passes(relation, vectors, backward, away, copied, sum(needed), sum(given))
+            copied = (away * chunk_vectors if chunk_bytes else 0) + sum(given[held:]) * key
+            passes = _passes(relation, vectors, backward, copied, sum(needed), sum(given))
             seconds += passes / machine.memory_gb_s / 1e9
-        received = away * (row + result) + sum(needed[held:]) * key + sum(given) * gradient
-        sent = away * (row + result) + sum(given[held:]) * key + sum(needed) * gradient
+        received = away * (chunk_bytes + result) + sum(needed[held:]) * key + sum(given) * gradient
+        sent = away * (chunk_bytes + result) + sum(given[held:]) * key + sum(needed) * gradient
         found.append(_Pass(received, sent, seconds))
     return found
 
 
-def _passes(relation: Relation, vectors: int, backward: bool, away: int, copied: int, needed: int, given: int) -> int:
+def _passes(relation: Relation, vectors: int, backward: bool, copied: int, needed: int, given: int) -> int:
     """Bytes read and written beside the visits in a pass of a rank, see `Machine.memory_gb_s`.
 
     Args:
         relation: what is computed.
         vectors: elements of a chunk of a head.
         backward: which pass.
-        away: its own chunks that are computed elsewhere; as many of others' are computed here.
-        copied: bytes of rows and keys that are sent: of several heads, which lie apart.
+        copied: bytes of chunks and keys that are sent: of several heads, which lie apart.
         needed: chunks of keys that come, with a gradient to go back.
         given: chunks of keys that go, with a gradient to come back.
     """
@@ -277,8 +280,8 @@ def _passes(relation: Relation, vectors: int, backward: bool, away: int, copied:
     if not backward:  # a shard of student and of teacher is read for the pivots
         total += 2 * 2 * relation.element_size * vectors * (relation.heads + both)
     else:
-        zeroed = (2 + needed) * relation.key_heads + (away if relation.is_self else 2) * relation.heads
-        added = given * relation.key_heads + (away * relation.heads if relation.is_self else 0)
+        zeroed = 2 * (relation.heads + both) + needed * relation.key_heads
+        added = given * relation.key_heads
         total += FP32 * vectors * (zeroed + 3 * added)
         total += 2 * (FP32 + relation.element_size) * vectors * (relation.heads + both)
     return total

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from .chunk_plan import Plan
 
-Step = tuple[int, int]  # (distance to the owner, which of its chunks); see `Plan.steps`
-# Steps whose keys are on their way or in use; `cost_model` counts on it.
-AT_ONCE = 2
+Step = tuple[int, int]  # (distance to who computes the chunk, which of its two); see `Plan.steps`
+# Steps whose keys are on their way or in use, and steps whose gradients are on their way: with fewer a rank would wait
+# for those that have more to do in a step than it has. `cost_model` counts on both.
+AT_ONCE = 3
+RETURNS_AT_ONCE = 2
 
 
 class Exchanges:
@@ -35,7 +37,7 @@ class Exchanges:
     def rows(
         self, parts: dict[int, list[Tensor]], shapes: dict[int, list[Tensor]]
     ) -> tuple[dict[int, list[Tensor]], list[Any]]:
-        """Rows go from their owners to those who compute them: chunk -> tensors, once the works were waited for.
+        """Chunks go from their owners to those who compute them: chunk -> tensors, once the works were waited for.
 
         Args:
             parts: of this rank's chunks.
@@ -52,13 +54,14 @@ class Exchanges:
         return self._move([(c, worker, c // 2) for worker, chunks in rows for c in chunks], parts, shapes)
 
     def keys(
-        self, steps: list[Step], own: dict[int, list[Tensor]], here: dict[Step, list[Tensor]]
+        self, steps: list[Step], held: dict[int, list[Tensor]], like: list[list[Tensor]], here: dict[Step, list[Tensor]]
     ) -> Iterator[tuple[Step, int, list[Tensor]]]:
         """The keys of each step. `AT_ONCE` steps' are sent for now; those of a later one when a step's are done with.
 
         Args:
             steps: of the plan, in any order, the same on all ranks.
-            own: this rank's chunks of keys.
+            held: keys of the chunks that this rank computes.
+            like: keys of a first and of a second chunk of a shard, for their shapes.
             here: steps for which nothing needs to be sent, the same on all ranks, and their keys. They are taken out.
 
         Yields:
@@ -72,10 +75,10 @@ class Exchanges:
             coming, going = plan.coming(step), plan.going(step)
             here[step], operations = [], []
             if coming is not None:
-                here[step] = [room(x) for x in own[plan.own[step[1]]]]
+                here[step] = [room(x) for x in like[coming[1] % 2]]
                 operations += [self.receive(x, coming[0]) for x in here[step]]
             if going is not None:
-                operations += [self.send(x, going[0]) for x in own[going[1]]]
+                operations += [self.send(x, going[0]) for x in held[going[1]]]
             return start(operations)
 
         works = deque(begin(step) for step in steps[:AT_ONCE])
@@ -114,20 +117,22 @@ class Exchanges:
 
 
 class Returns:
-    """Gradients of fetched keys on their way back to their owners, and this rank's own coming in, a step behind.
+    """Gradients of fetched keys on their way back, and those of this rank's keys coming in, some steps behind.
 
     Args:
         exchanges: this rank's.
-        k_grads: the gradients of this rank's chunks, to which what comes in is added, in the order of the steps.
+        k_grads: the gradients of the chunks that this rank computes, to which what comes in is added, in the order of
+            the steps.
     """
 
     def __init__(self, exchanges: Exchanges, k_grads: dict[int, Tensor]) -> None:
         self.exchanges, self.k_grads = exchanges, k_grads
-        self.pending: tuple[list[Any], Tensor | None, int] = ([], None, 0)
+        self.pending: deque[tuple[list[Any], Tensor | None, int]] = deque()
 
     def send(self, step: Step, found: Tensor | None) -> None:
         """Send back a step's gradient, and take in the one that this rank's keys got in that step elsewhere."""
-        self.finish()
+        if len(self.pending) == RETURNS_AT_ONCE:
+            self._take_in()
         plan = self.exchanges.plan
         coming, going = plan.coming(step), plan.going(step)
         operations, incoming, chunk = [], None, 0
@@ -138,15 +143,18 @@ class Returns:
             worker, chunk = going
             incoming = room(self.k_grads[chunk])
             operations.append(self.exchanges.receive(incoming, worker))
-        self.pending = start(operations), incoming, chunk
+        self.pending.append((start(operations), incoming, chunk))
 
     def finish(self) -> None:
-        """Wait for the last step's, and add it up."""
-        works, incoming, chunk = self.pending
+        """Wait for those of the last steps, and add them up."""
+        while self.pending:
+            self._take_in()
+
+    def _take_in(self) -> None:
+        works, incoming, chunk = self.pending.popleft()
         wait(works)
         if incoming is not None:
             self.k_grads[chunk] += incoming
-        self.pending = [], None, 0
 
 
 def room(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a rank has of one group of heads: operands, rows and keys by chunks, its part of the results."""
+"""What a rank has of one group of heads: operands, chunks that it computes, its part of the results."""
 
 from __future__ import annotations
 
@@ -21,36 +21,42 @@ Heads = tuple[slice, slice]  # of the rows and of the keys
 
 
 class Rows(NamedTuple):
-    """What a rank knows of a chunk whose rows it computes."""
+    """What a rank knows of a chunk that it computes: its rows, and its keys, which in a self-relation they are."""
 
     chunk: int
     q_s: Tensor  # [B, H, R, D]
     q_t: Tensor
+    k_s: Tensor  # [B, Hkv, R, D]
+    k_t: Tensor
     # [n, B, H, R]: in forward the pivots of student and teacher, and, where backward follows, the upstream gradient; in
     # backward the upstream gradient.
     numbers: Tensor
     ids: Tensor | None  # [B, R]
 
+    @property
+    def keys(self) -> Chunk:
+        return [self.k_s, self.k_t, *([] if self.ids is None else [self.ids])]
+
 
 @dataclass
 class Job:
-    """What this rank does for a group of heads: its own keys, by chunks, and the rows that it computes.
+    """What this rank does for a group of heads: the chunks that it computes.
 
     Attributes:
         exchanges: this rank's, with the plan.
-        keys: this rank's chunks; of these, and of `own`, vectors are views of the caller's tensors.
-        own: the rows of this rank's chunks that it computes itself.
-        foreign: those of other ranks' chunks; not to be looked at before `works` were waited for.
+        own: those of its own shard; vectors are views of the caller's tensors.
+        foreign: those of other shards; not to be looked at before `works` were waited for.
         works: what brings them.
+        like: keys of the shard's two chunks, for their shapes.
         held: for the last steps of the forward pass their keys, where the backward pass follows.
         results: for each chunk whose rows this rank computes, what is to go to the chunk's owner.
     """
 
     exchanges: Exchanges
-    keys: dict[int, Chunk]
     own: list[Rows]
     foreign: list[Rows]
     works: list[Any]
+    like: list[Chunk]
     held: dict[Step, Chunk] = field(default_factory=dict)
     results: dict[int, list[Tensor]] = field(default_factory=dict)
 
@@ -60,14 +66,12 @@ class Job:
 
     @property
     def rows(self) -> list[Rows]:
-        """All rows that this rank computes, in the order of the plan, in which statistics are kept."""
+        """Both, in the order of the plan, in which statistics are kept."""
         return sorted(self.own + self.foreign, key=lambda rows: rows.chunk)
 
-    def home(self) -> Iterator[tuple[int, Chunk]]:
-        """The keys that are here without being sent for: this rank's, and those that are another rank's rows, too."""
-        yield from self.keys.items()
-        for each in self.foreign if self.plan.shared else ():
-            yield each.chunk, [each.q_s, each.q_t, *([] if each.ids is None else [each.ids])]
+    @property
+    def keys(self) -> dict[int, Chunk]:
+        return {each.chunk: each.keys for each in self.rows}
 
     def visits(self, keys: Chunk, chunk: int, rows: Sequence[Rows]) -> Iterator[tuple[Rows, Visit]]:
         """The visits of the chunk by those rows that may see it."""

@@ -57,8 +57,8 @@ def _ahead(D):
 def _without_invisible(
     w, room, segments, row_start, key_start, seq_len, keys_end, SEGMENTS: gl.constexpr, VISIT: gl.constexpr
 ):  # fmt: skip
-    """The weights w [64, N] with those of invisible pairs set to 0, by ids, in shared memory (room): with these masks
-    in registers, ptxas spills others in the loop around it, or, without SEGMENTS, puts it in an order that is slower."""
+    """The weights w [64, N] with those of invisible pairs set to 0, in shared memory (room): with masks of ids in
+    registers ptxas spills others in the loop around it, and with any, without SEGMENTS, its order there is slower."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     tma.store_wait(0)  # what lay there before is on its way
     barrier()

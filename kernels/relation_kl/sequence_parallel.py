@@ -1,15 +1,17 @@
 """The sequence-parallel form: contiguous shards of one long sequence, keys fetched from their owners chunk by chunk.
 
-A shard is cut into two chunks, and rows are computed by chunks: every rank works on one chunk with few keys and one
-with many, so that all work alike (with one segment: chunks w and 2 P - 1 - w, as in zigzag sharding). Statistics stay
-with the rows. In forward a rank begins with its own rows and keys, while the rows of other ranks that it is to compute
-come in. Then come all visits for which nothing else is needed, and after these the keys of the rank before it, of the
-one before that, and so on, a chunk at a time, the next chunk on its way meanwhile. Chunks that none of its rows can see
-are neither sent nor computed; nor is one sent, in a self-relation, whose rows are there: its keys are the same tensors.
+A shard is cut into two chunks, and every rank computes one chunk with few keys and one with many, so that all work
+alike (with one segment: chunks w and 2 P - 1 - w, as in zigzag sharding). A chunk's rows and keys go to who computes it
+first of all, where they stay, with its statistics. In forward a rank begins with the chunk that is of its own shard, if
+one is, while the other one comes in; then come its two chunks with each other, and after these the keys of the rank
+before it, of the one before that, and so on, a chunk at a time, the next ones on their way meanwhile. With one segment,
+each rank has as much to do with the keys of any other: two visits. Chunks that none of its rows can see are neither
+sent nor computed.
 
-Backward goes the other way round. It begins with the rows of other ranks and with the keys that came last, which, where
-forward and backward are one call, are still there, and it ends with its own rows and keys: what else it has computed
-goes back to its owners meanwhile, in float32. There it is added up in the order of the steps.
+Backward goes the other way round. It begins with the keys that came last, which, where forward and backward are one
+call, are still there, and ends with the rank's own chunk: what it has computed for others goes back meanwhile, in
+float32. There it is added up in the order of the steps. Visits of a chunk to itself are kept for where there is nothing
+else to do: for the beginning, when the other chunk or the first keys are on their way, and for the end.
 
 Where visits are long, this is done for a few heads at a time (`head_groups`), and a rank holds the buffers of two such
 groups in the place of those of all heads. Two groups take turns (`take_turns`), on two streams: what one waits for
@@ -20,9 +22,9 @@ ranks have computed about as much; in between, where some have done more than ot
 to an exchange waits, and holds multiprocessors meanwhile.
 
 A rank's own chunks are visited where they lie in the caller's tensors. Only what is sent is copied, for exchanges want
-it contiguous: for each rank anew, and for as long as it is on its way. Of each group a rank holds the rows of others
-that it computes, two chunks of keys, copies of four chunks at most on their way to others and, in backward, gradients
-of eight chunks at most: memory O(T), T the local length, whatever P is; and no more than two groups of heads at once.
+it contiguous: for each rank anew, and for as long as it is on its way. Of each group a rank holds the chunks of others
+that it computes, three chunks of keys, copies of six chunks at most on their way to others and, in backward, gradients
+of nine chunks at most: memory O(T), T the local length, whatever P is; and no more than two groups of heads at once.
 """
 
 from __future__ import annotations
@@ -163,13 +165,13 @@ class SequenceParallel:
                 else:
                     states[each.chunk] = found
 
-        for chunk, keys in job.keys.items():
-            visit_all(keys, chunk, job.own)
-        stream = job.exchanges.keys(steps, job.keys, {})
+        for each in job.own:
+            visit_all(each.keys, each.chunk, job.own)
         yield
         wait(job.works)
-        for chunk, keys in job.home():
-            visit_all(keys, chunk, job.foreign if chunk in job.keys else job.rows)
+        stream = job.exchanges.keys(steps, job.keys, job.like, {})
+        for each in job.rows:
+            visit_all(each.keys, each.chunk, job.foreign if each.chunk in job.plan.own else job.rows)
         for step, chunk, keys in stream:
             if keys:
                 visit_all(keys, chunk, job.rows)
@@ -203,17 +205,20 @@ class SequenceParallel:
             grads: what is written.
             values: [B, H, T], to be written, too; None without a forward pass.
         """
-        plan, q = job.plan, operands.student_q
+        plan, q, k = job.plan, operands.student_q, operands.student_k
+        both = operands.self_relation  # then a chunk's rows and its keys have one gradient
 
         def nothing_yet(x: Tensor) -> Tensor:
             return torch.zeros(self.visits.gradient_shape(x), dtype=working(x), device=x.device)
 
-        stream = job.exchanges.keys(plan.steps[::-1], job.keys, job.held)
-        # Of a self-relation the sum is wanted: of this rank's rows and keys, and of another's whose rows, and so keys,
-        # are here.
-        both = operands.self_relation
-        k_grads = {chunk: nothing_yet(job.keys[chunk][0]) for chunk in plan.own}
-        q_grads = {x.chunk: k_grads[x.chunk] if both else nothing_yet(x.q_s) for x in job.own}
+        q_grads: dict[int, Tensor] = {}
+        k_grads = q_grads if both else {}
+
+        def begin(rows: Sequence[Rows]) -> None:
+            for each in rows:
+                q_grads[each.chunk] = nothing_yet(each.q_s)
+                if not both:
+                    k_grads[each.chunk] = nothing_yet(each.k_s)
 
         def visit_all(keys: Chunk, chunk: int, rows: Sequence[Rows], k_grad: Tensor, part: Heads | None = None) -> None:
             for each, visit in job.visits(keys, chunk, rows):
@@ -226,23 +231,24 @@ class SequenceParallel:
                     q_grad, of_keys = q_grad[:, heads], of_keys[:, key_heads]
                 self.visits.backward(visit, scale, statistics, upstream, q_grad, of_keys)
 
-        def visit_itself(parts: Sequence[Heads | None]) -> None:
+        def visit_own(parts: Sequence[Heads | None]) -> None:
             for part in parts:
-                for chunk, keys in job.keys.items():
-                    visit_all(keys, chunk, job.own, k_grads[chunk], part)
+                for each in job.own:
+                    visit_all(each.keys, each.chunk, job.own, k_grads[each.chunk], part)
 
+        begin(job.own)
         # Own rows and keys come last; but where rows are yet to come, half of the heads hide that.
         last: Sequence[Heads | None] = [None]
         if values is None:
-            first, last = halves(q.shape[1], operands.student_k.shape[1])
-            visit_itself(first)
+            first, last = halves(q.shape[1], k.shape[1])
+            visit_own(first)
             yield
             wait(job.works)
         # No sooner: the wait lets go of copies of the rows that were sent.
-        q_grads |= {x.chunk: nothing_yet(x.q_s) for x in job.foreign}
-        known = q_grads | k_grads if both else k_grads
-        for chunk, keys in job.home():
-            visit_all(keys, chunk, job.foreign if chunk in job.keys else job.rows, known[chunk])
+        begin(job.foreign)
+        stream = job.exchanges.keys(plan.steps[::-1], job.keys, job.like, job.held)
+        for each in job.foreign:
+            visit_all(each.keys, each.chunk, [each], k_grads[each.chunk])
         returns = Returns(job.exchanges, k_grads)
         for step, chunk, keys in stream:
             found = nothing_yet(keys[0]) if keys else None
@@ -251,33 +257,42 @@ class SequenceParallel:
             del keys
             returns.send(step, found)
             del found
-        job.foreign.clear()
-        results, works = self._send_results(job, q, q_grads, values)
-        visit_itself(last)
+        for each in job.rows:
+            others = job.foreign if each.chunk in plan.own else job.rows
+            visit_all(each.keys, each.chunk, [x for x in others if x.chunk != each.chunk], k_grads[each.chunk])
         returns.finish()
+        job.foreign.clear()
+        results, works = self._send_results(job, operands, q_grads, {} if both else k_grads, values)
+        visit_own(last)
         wait(works)
         for chunk in plan.own:
-            span, (q_grad, *value), k_grad = plan.span(chunk), results[chunk], k_grads[chunk]
-            if values is not None:
-                values[:, :, span] = value[0]
-            if grads[1] is not None:
-                self.visits.finish(k_grad, unit, grads[1][:, :, span])
-            elif q_grad is not k_grad:
-                q_grad += k_grad
+            span, (q_grad, *rest) = plan.span(chunk), results[chunk]
             self.visits.finish(q_grad, unit, grads[0][:, :, span])
+            if grads[1] is not None:
+                self.visits.finish(rest.pop(0), unit, grads[1][:, :, span])
+            if values is not None:
+                values[:, :, span] = rest[0]
 
     def _send_results(
-        self, job: Job, q: Tensor, q_grads: dict[int, Tensor], values: Tensor | None
+        self,
+        job: Job,
+        operands: Operands,
+        q_grads: dict[int, Tensor],
+        k_grads: dict[int, Tensor],
+        values: Tensor | None,
     ) -> tuple[dict[int, list[Tensor]], list[Any]]:
-        """Gradients of rows, and values, on their way to their owners: those of this rank's chunks, once the works were
-        waited for."""
-        for chunk, q_grad in q_grads.items():
-            job.results[chunk] = [q_grad, *job.results.get(chunk, [])]
+        """Gradients, of rows and then of keys, and values, on their way to their owners: those of this rank's chunks,
+        once the works were waited for."""
+        plan, every = job.plan, [q_grads, k_grads] if k_grads else [q_grads]
+        for chunk in q_grads:
+            job.results[chunk] = [*(grads[chunk] for grads in every), *job.results.get(chunk, [])]
         shapes = {}
-        for chunk in job.plan.own:
-            part = q[:, :, job.plan.span(chunk)]
-            blank = torch.empty(1, dtype=working(q), device=q.device).expand(self.visits.gradient_shape(part))
-            shapes[chunk] = [blank, *([] if values is None else [values[:, :, job.plan.span(chunk)]])]
+        for chunk in plan.own:
+            span = plan.span(chunk)
+            parts = [x[:, :, span] for x in (operands.student_q, operands.student_k)[: len(every)]]
+            blank = torch.empty(1, dtype=working(operands.student_q), device=operands.student_q.device)
+            shapes[chunk] = [blank.expand(self.visits.gradient_shape(x)) for x in parts]
+            shapes[chunk] += [] if values is None else [values[:, :, span]]
         return job.exchanges.results(job.results, shapes)
 
     def _pivots(self, operands: Operands, scale: float, ids: Tensor | None) -> list[Tensor]:
@@ -294,21 +309,24 @@ class SequenceParallel:
         return self.visits.prepare(row_grad, operands.student_q.dtype, scale, self.group)
 
     def _start(self, plan: Plan, operands: Operands, segment_ids: Tensor | None, numbers: Tensor) -> Job:
-        """The shard by chunks, with the rows of other ranks on their way; numbers [n, B, H, T], see `Rows`."""
-        keys, rows = {}, {}
+        """The chunks that this rank computes, those of other shards on their way; numbers [n, B, H, T], see `Rows`."""
+        parts = {}
         for chunk in plan.own:
             span = plan.span(chunk)
             q_s, k_s, q_t, k_t = (x[:, :, span] for x in operands[:4])
+            keys = [] if operands.self_relation else [k_s, k_t]
             ids = [] if segment_ids is None else [segment_ids[:, span].contiguous()]
-            keys[chunk], rows[chunk] = [k_s, k_t, *ids], [q_s, q_t, numbers[..., span].contiguous(), *ids]
+            parts[chunk] = [q_s, q_t, numbers[..., span].contiguous(), *keys, *ids]
 
         def named(chunk: int, tensors: list[Tensor]) -> Rows:
-            q_s, q_t, numbers, *names = tensors
-            return Rows(chunk, q_s, q_t, numbers, names[0] if names else None)
+            q_s, q_t, numbers, *rest = tensors
+            ids = None if segment_ids is None else rest.pop()
+            k_s, k_t = rest or (q_s, q_t)
+            return Rows(chunk, q_s, q_t, k_s, k_t, numbers, ids)
 
         exchanges = Exchanges(plan, self.group)
         # A chunk's shape is that of this rank's first or second one.
-        found, works = exchanges.rows(rows, {chunk: rows[plan.own[chunk % 2]] for chunk in plan.rows[plan.rank]})
+        found, works = exchanges.rows(parts, {chunk: parts[plan.own[chunk % 2]] for chunk in plan.rows[plan.rank]})
         own = [named(chunk, x) for chunk, x in found.items() if chunk in plan.own]
         foreign = [named(chunk, x) for chunk, x in found.items() if chunk not in plan.own]
-        return Job(exchanges, keys, own, foreign, works)
+        return Job(exchanges, own, foreign, works, [named(chunk, x).keys for chunk, x in parts.items()])
