@@ -20,6 +20,8 @@ from relation_kl import nccl_options
 from linearard.errors import UserError
 
 T = TypeVar("T")
+# Ranks of this node: the deepspeed launcher's variable, torchrun's and Open MPI's.
+LOCAL_SIZES = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch's variable, and its old name
 
 
@@ -98,6 +100,7 @@ def initialize(sequence_parallel_size: int, timeout: timedelta = timedelta(minut
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
     _let_segments_grow()
+    _share_cores()
     accelerator: Any = get_accelerator()
     if accelerator.device_name() == "cpu":
         # Only inference_all_reduce uses this op; building it takes 40 s and needs ninja.
@@ -194,3 +197,16 @@ def _free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+def _share_cores() -> None:
+    """Leaves the ranks of a node half of its cores between them for torch's threads, 8 each at most, unless
+    OMP_NUM_THREADS is set; the deepspeed launcher does not set it.
+
+    By default each rank has as many threads as there are cores, and they wait for one another: on four H200 with 64
+    cores a traced step began with 0.7 s of cutting up a batch of 65,536 tokens, 16 to 48 ms for each small operation.
+    """
+    ranks = next((int(os.environ[name]) for name in LOCAL_SIZES if name in os.environ), 1)
+    if ranks > 1 and "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) // (2 * ranks)
+        torch.set_num_threads(min(max(cores, 1), 8, torch.get_num_threads()))

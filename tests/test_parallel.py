@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from linearard import parallel
 
@@ -24,6 +25,29 @@ def test_segments_grow_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", {})
     parallel._let_segments_grow()
     assert os.environ == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "cores", "threads"),
+    [
+        ({"LOCAL_SIZE": "4"}, 24, 3),
+        ({"LOCAL_SIZE": "2"}, 64, 8),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "8"}, 8, 1),
+        ({"LOCAL_SIZE": "1"}, 64, None),
+        ({}, 64, None),
+        ({"LOCAL_WORLD_SIZE": "4", "OMP_NUM_THREADS": "5"}, 64, None),
+    ],
+)
+def test_ranks_share_the_cores(
+    variables: dict[str, str], cores: int, threads: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_to: list[int] = []
+    monkeypatch.setattr(os, "environ", variables)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    parallel._share_cores()
+    assert set_to == ([] if threads is None else [threads])
 
 
 LEAVING = """

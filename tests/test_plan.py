@@ -174,7 +174,7 @@ def test_time_grows_as_work_does() -> None:
 
 
 def test_auto_takes_the_fastest_that_fits() -> None:
-    for memory, expected in ((139.8, "keep"), (34.0, "recompute"), (30.0, "offload"), (5.0, "offload")):
+    for memory, expected in ((139.8, "keep"), (35.0, "recompute"), (30.0, "offload"), (5.0, "offload")):
         config = config_of(cluster={"gpu": "H200", "memory_gib": memory})
         ds = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
         on = cluster.resolve(config.cluster, 2)

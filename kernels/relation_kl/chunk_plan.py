@@ -57,17 +57,18 @@ class Plan:
         return [(distance, half) for distance in range(1, self.ranks) for half in (0, 1)]
 
     def fetches(self, worker: int, chunk: int) -> bool:
-        """Whether the chunk's keys go to `worker`: rows that it computes may see them, and it has not got them yet."""
+        """Whether `worker` takes the chunk's keys in a step: rows that it computes may see them, and it does not
+        compute the chunk itself."""
         return chunk not in self.rows[worker] and any(self.sees[row][chunk] for row in self.rows[worker])
 
     def coming(self, step: tuple[int, int]) -> tuple[int, int] | None:
-        """(from, chunk) of the keys that come to this rank in a step, if any do."""
+        """(from, chunk) of the keys that this rank takes in a step, if any; of its own shard none are sent."""
         source = (self.rank - step[0]) % self.ranks
         chunk = self.rows[source][step[1]]
         return (source, chunk) if self.fetches(self.rank, chunk) else None
 
     def going(self, step: tuple[int, int]) -> tuple[int, int] | None:
-        """(to, chunk) of the keys that go from this rank in a step, if any do."""
+        """(to, chunk) of the keys of this rank that another one takes in a step, if any; see `coming`."""
         worker, chunk = (self.rank + step[0]) % self.ranks, self.rows[self.rank][step[1]]
         return (worker, chunk) if self.fetches(worker, chunk) else None
 

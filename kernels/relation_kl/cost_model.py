@@ -227,7 +227,10 @@ def _pass(relation: Relation, ranks: int, machine: Machine, backward: bool, apar
         comes = [rows[(rank - distance) % ranks][half] for distance, half in steps]
         needed = [fetches(rank, keys) for keys in comes]
         given = [fetches((rank + distance) % ranks, rows[rank][half]) for distance, half in steps]
-        moves = [_transfer(key * a, key * b, machine) for a, b in zip(needed, given, strict=True)]
+        # Keys of a rank's own shard do not come back to it, and their gradients stay.
+        come = [a and chunk // 2 != rank for a, chunk in zip(needed, comes, strict=True)]
+        go = [b and rows[rank][half] // 2 != (rank + d) % ranks for b, (d, half) in zip(given, steps, strict=True)]
+        moves = [_transfer(key * a, key * b, machine) for a, b in zip(come, go, strict=True)]
         moves[:held] = [0.0] * min(held, len(moves))
         itself, alone = visits(own, own), len(others) * diagonal
         together = visits(rows[rank], rows[rank]) - itself - alone
@@ -246,7 +249,7 @@ def _pass(relation: Relation, ranks: int, machine: Machine, backward: bool, apar
             busy = max(busy, arrivals[number]) + (visits(rows[rank], [keys]) if needed[number] else 0.0)
             if backward:
                 link = max(link, busy)
-                link += _transfer(gradient * given[number], gradient * needed[number], machine)
+                link += _transfer(gradient * go[number], gradient * come[number], machine)
             for move in moves[number + _AT_ONCE : number + _AT_ONCE + 1]:
                 link = max(link, busy) + move
                 arrivals.append(link)
@@ -255,16 +258,17 @@ def _pass(relation: Relation, ranks: int, machine: Machine, backward: bool, apar
         link = max(link, busy) + _transfer(away * result, away * result, machine)
         seconds = max(link, busy + itself - first)
         if ranks > 1:
-            copied = (away * chunk_vectors if chunk_bytes else 0) + sum(given[held:]) * key
-            passes = _passes(relation, vectors, backward, copied, sum(needed), sum(given))
+            copied = (away * chunk_vectors if chunk_bytes else 0) + sum(go[held:]) * key
+            added = sum(go) + sum(needed) - sum(come)
+            passes = _passes(relation, vectors, backward, copied, sum(needed), added)
             seconds += passes / machine.memory_gb_s / 1e9
-        received = away * (chunk_bytes + result) + sum(needed[held:]) * key + sum(given) * gradient
-        sent = away * (chunk_bytes + result) + sum(given[held:]) * key + sum(needed) * gradient
+        received = away * (chunk_bytes + result) + sum(come[held:]) * key + sum(go) * gradient
+        sent = away * (chunk_bytes + result) + sum(go[held:]) * key + sum(come) * gradient
         found.append(_Pass(received, sent, seconds))
     return found
 
 
-def _passes(relation: Relation, vectors: int, backward: bool, copied: int, needed: int, given: int) -> int:
+def _passes(relation: Relation, vectors: int, backward: bool, copied: int, needed: int, added: int) -> int:
     """Bytes read and written beside the visits in a pass of a rank, see `Machine.memory_gb_s`.
 
     Args:
@@ -272,8 +276,8 @@ def _passes(relation: Relation, vectors: int, backward: bool, copied: int, neede
         vectors: elements of a chunk of a head.
         backward: which pass.
         copied: bytes of chunks and keys that are sent: of several heads, which lie apart.
-        needed: chunks of keys that come, with a gradient to go back.
-        given: chunks of keys that go, with a gradient to come back.
+        needed: chunks of keys of others, each with a gradient of its own.
+        added: such gradients that are added up here.
     """
     both = 0 if relation.is_self else relation.key_heads
     total = 2 * copied
@@ -281,8 +285,7 @@ def _passes(relation: Relation, vectors: int, backward: bool, copied: int, neede
         total += 2 * 2 * relation.element_size * vectors * (relation.heads + both)
     else:
         zeroed = 2 * (relation.heads + both) + needed * relation.key_heads
-        added = given * relation.key_heads
-        total += FP32 * vectors * (zeroed + 3 * added)
+        total += FP32 * vectors * (zeroed + 3 * added * relation.key_heads)
         total += 2 * (FP32 + relation.element_size) * vectors * (relation.heads + both)
     return total
 

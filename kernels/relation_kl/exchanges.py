@@ -61,7 +61,7 @@ class Exchanges:
         Args:
             steps: of the plan, in any order, the same on all ranks.
             held: keys of the chunks that this rank computes.
-            like: keys of a first and of a second chunk of a shard, for their shapes.
+            like: keys of both chunks of this rank's shard, which need not come back to it; of the others' shapes.
             here: steps for which nothing needs to be sent, the same on all ranks, and their keys. They are taken out.
 
         Yields:
@@ -74,10 +74,12 @@ class Exchanges:
                 return []
             coming, going = plan.coming(step), plan.going(step)
             here[step], operations = [], []
-            if coming is not None:
+            if coming is not None and coming[1] in plan.own:
+                here[step] = like[coming[1] % 2]
+            elif coming is not None:
                 here[step] = [room(x) for x in like[coming[1] % 2]]
                 operations += [self.receive(x, coming[0]) for x in here[step]]
-            if going is not None:
+            if going is not None and going[1] // 2 != going[0]:
                 operations += [self.send(x, going[0]) for x in held[going[1]]]
             return start(operations)
 
@@ -123,10 +125,14 @@ class Returns:
         exchanges: this rank's.
         k_grads: the gradients of the chunks that this rank computes, to which what comes in is added, in the order of
             the steps.
+
+    Attributes:
+        kept: gradients of chunks of this rank's own shard, which another one computes: they need not be sent.
     """
 
     def __init__(self, exchanges: Exchanges, k_grads: dict[int, Tensor]) -> None:
         self.exchanges, self.k_grads = exchanges, k_grads
+        self.kept: dict[int, Tensor] = {}
         self.pending: deque[tuple[list[Any], Tensor | None, int]] = deque()
 
     def send(self, step: Step, found: Tensor | None) -> None:
@@ -138,8 +144,11 @@ class Returns:
         operations, incoming, chunk = [], None, 0
         if found is not None:
             assert coming is not None, step
-            operations.append(self.exchanges.send(found, coming[0]))
-        if going is not None:
+            if coming[1] in plan.own:
+                self.kept[coming[1]] = found
+            else:
+                operations.append(self.exchanges.send(found, coming[0]))
+        if going is not None and going[1] // 2 != going[0]:
             worker, chunk = going
             incoming = room(self.k_grads[chunk])
             operations.append(self.exchanges.receive(incoming, worker))

@@ -47,7 +47,7 @@ class Job:
         own: those of its own shard; vectors are views of the caller's tensors.
         foreign: those of other shards; not to be looked at before `works` were waited for.
         works: what brings them.
-        like: keys of the shard's two chunks, for their shapes.
+        like: keys of both chunks of its own shard.
         held: for the last steps of the forward pass their keys, where the backward pass follows.
         results: for each chunk whose rows this rank computes, what is to go to the chunk's owner.
     """

@@ -14,7 +14,7 @@ from .hopper_backward import backward_kernel
 from .hopper_forward import REGISTERS, forward_kernel
 from .hopper_gradient import finish_kernel
 from .launch import launch
-from .tiles import HOPPER_ROWS, Pipeline, divide_last_wave, grid
+from .tiles import HOPPER_ROWS, Pipeline, divide_last_wave, forward_grid, grid
 from .torch_backend import Operands
 from .torch_visit import Visit
 
@@ -65,7 +65,7 @@ def forward(
     flags = torch.empty(batch, heads, tiles, 2, dtype=torch.int32, device=q.device)
     launch(
         forward_kernel,
-        grid(tiles, batch * heads, 2 * multiprocessors(q.device)),
+        forward_grid(tiles, batch * heads, multiprocessors(q.device)),
         *descriptors(operands, pipeline.forward_n, pipeline.block_d),
         *(of_rows or (flags, flags)),
         kl,
@@ -209,7 +209,7 @@ def forward_visit(
     flags = torch.empty(batch, heads, tiles, 2, dtype=torch.int32, device=a.device)
     launch(
         forward_kernel,
-        grid(tiles, batch * heads, 2 * multiprocessors(a.device)),
+        forward_grid(tiles, batch * heads, multiprocessors(a.device)),
         *descriptors(Operands(visit.q_s, visit.k_s, visit.q_t, visit.k_t, False), pipeline.forward_n, pipeline.block_d),
         *(of_rows or (flags, flags)),
         a,

@@ -267,6 +267,8 @@ class SequenceParallel:
         wait(works)
         for chunk in plan.own:
             span, (q_grad, *rest) = plan.span(chunk), results[chunk]
+            if chunk in returns.kept:
+                (q_grad if both else rest[0]).add_(returns.kept[chunk])
             self.visits.finish(q_grad, unit, grads[0][:, :, span])
             if grads[1] is not None:
                 self.visits.finish(rest.pop(0), unit, grads[1][:, :, span])

@@ -13,6 +13,7 @@ from relation_kl.segment_kernels import ALIKE, GENERAL, MIXED, PADDED, starts_an
 from relation_kl.tiles import (
     HOPPER_ROWS,
     divide_last_wave,
+    forward_grid,
     grid,
     pad_head_dim,
     pick_pipeline,
@@ -258,7 +259,7 @@ def test_hopper_pipelines(head_dim: int) -> None:
     if pipeline is not None:
         assert pipeline == pick_pipeline("sm_90", head_dim, 2)
         assert head_dim <= pipeline.block_k <= pipeline.block_d <= max(64, pad_head_dim(head_dim))
-        assert HOPPER_ROWS % pipeline.block_n == 0 and pipeline.slots >= 2
+        assert HOPPER_ROWS % pipeline.block_n == HOPPER_ROWS // 2 % pipeline.forward_n == 0 and pipeline.slots >= 3
 
 
 @pytest.mark.parametrize("head_dim", [8, 128, 136, 192, 200, 256])
@@ -293,6 +294,14 @@ def test_the_grid_leaves_few_multiprocessors_alone_at_the_end(tiles: int, sequen
         assert together == 4
     if (tiles, sequences) in ((128, 32), (1024, 96)):
         assert together == 1
+
+
+@pytest.mark.parametrize(("sequences", "together"), [(1, 1), (32, 16), (96, 16), (40, 10), (14, 14), (45, 15)])
+def test_the_forward_grid_has_many_sequences_together(sequences: int, together: int) -> None:
+    for tiles in (64, 128, 1024):
+        assert forward_grid(tiles, sequences, 132) == (together, tiles, sequences // together)
+    # More where balance asks for them
+    assert forward_grid(32, sequences, 132)[0] == max(together, grid(32, sequences, 264)[0])
 
 
 @pytest.mark.parametrize("key_tiles", [1, 3, 8, 128])
