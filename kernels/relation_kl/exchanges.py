@@ -18,7 +18,7 @@ from .chunk_plan import Plan
 
 Step = tuple[int, int]  # (distance to who computes the chunk, which of its two); see `Plan.steps`
 # Steps whose keys are on their way or in use, and steps whose gradients are on their way: with fewer a rank would wait
-# for those that have more to do in a step than it has. `cost_model` counts on both.
+# for those that have more to do in a step than it has. `cost_model` counts on the first.
 AT_ONCE = 3
 RETURNS_AT_ONCE = 2
 
@@ -61,7 +61,7 @@ class Exchanges:
         Args:
             steps: of the plan, in any order, the same on all ranks.
             held: keys of the chunks that this rank computes.
-            like: keys of both chunks of this rank's shard, which need not come back to it; of the others' shapes.
+            like: keys of both chunks of this rank's shard: they need not come back to it, and others have their shapes.
             here: steps for which nothing needs to be sent, the same on all ranks, and their keys. They are taken out.
 
         Yields:

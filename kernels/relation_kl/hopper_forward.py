@@ -32,8 +32,8 @@ from .hopper_common import (
 )
 from .segment_kernels import ALIKE, GENERAL
 
-# Registers a thread with which a program begins: two programs, of three times 128 threads each, fit a multiprocessor.
-# Warpgroups then have 112 and 104, and what fetches 24, as a warpgroup that is mostly not there.
+# Registers a thread with which a program begins: two programs, of three warpgroups each, fit a multiprocessor. Later
+# those that compute have 112 and 104, and the third, of which one warp fetches and the others do nothing, 24.
 REGISTERS = 80
 # Sums relative to the own logit that are larger are kept as minus their logarithm.
 _LARGE = gl.constexpr(2.0**80)
