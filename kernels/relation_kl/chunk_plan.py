@@ -62,15 +62,17 @@ class Plan:
         return chunk not in self.rows[worker] and any(self.sees[row][chunk] for row in self.rows[worker])
 
     def coming(self, step: tuple[int, int]) -> tuple[int, int] | None:
-        """(from, chunk) of the keys that this rank takes in a step, if any; of its own shard none are sent."""
+        """(from, chunk) of the keys that this rank takes in a step, if any; those of its own shard are from itself."""
         source = (self.rank - step[0]) % self.ranks
         chunk = self.rows[source][step[1]]
-        return (source, chunk) if self.fetches(self.rank, chunk) else None
+        if not self.fetches(self.rank, chunk):
+            return None
+        return (self.rank if chunk in self.own else source), chunk
 
     def going(self, step: tuple[int, int]) -> tuple[int, int] | None:
-        """(to, chunk) of the keys of this rank that another one takes in a step, if any; see `coming`."""
+        """(to, chunk) of the keys that another rank takes from this one in a step, if any."""
         worker, chunk = (self.rank + step[0]) % self.ranks, self.rows[self.rank][step[1]]
-        return (worker, chunk) if self.fetches(worker, chunk) else None
+        return (worker, chunk) if chunk // 2 != worker and self.fetches(worker, chunk) else None
 
     def span(self, chunk: int) -> slice:
         """Where a chunk lies in its owner's shard."""

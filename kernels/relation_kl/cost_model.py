@@ -16,9 +16,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from .exchanges import AT_ONCE
+
 FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 4  # of rows with keys; each is 2 D operations a pair and head
 FP32 = 4  # bytes
-_AT_ONCE = 3  # `exchanges.AT_ONCE`, which needs torch
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ def _pass(relation: Relation, ranks: int, machine: Machine, backward: bool, apar
     steps = [(distance, half) for distance in range(1, ranks) for half in (0, 1)]
     if backward:
         steps.reverse()
-    held = _AT_ONCE if backward and not apart else 0  # chunks of keys
+    held = AT_ONCE if backward and not apart else 0  # chunks of keys
 
     def visits(computed: Iterable[int], keys: Iterable[int]) -> float:
         """Seconds of these rows with these chunks of keys."""
@@ -242,7 +243,7 @@ def _pass(relation: Relation, ranks: int, machine: Machine, backward: bool, apar
         busy = link = max(link, first)
         busy += alone if backward else alone + together
         arrivals = []
-        for move in moves[:_AT_ONCE]:
+        for move in moves[:AT_ONCE]:
             link += move
             arrivals.append(link)
         for number, keys in enumerate(comes):
@@ -250,7 +251,7 @@ def _pass(relation: Relation, ranks: int, machine: Machine, backward: bool, apar
             if backward:
                 link = max(link, busy)
                 link += _transfer(gradient * go[number], gradient * come[number], machine)
-            for move in moves[number + _AT_ONCE : number + _AT_ONCE + 1]:
+            for move in moves[number + AT_ONCE : number + AT_ONCE + 1]:
                 link = max(link, busy) + move
                 arrivals.append(link)
         if backward:

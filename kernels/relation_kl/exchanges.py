@@ -74,12 +74,13 @@ class Exchanges:
                 return []
             coming, going = plan.coming(step), plan.going(step)
             here[step], operations = [], []
-            if coming is not None and coming[1] in plan.own:
-                here[step] = like[coming[1] % 2]
-            elif coming is not None:
-                here[step] = [room(x) for x in like[coming[1] % 2]]
-                operations += [self.receive(x, coming[0]) for x in here[step]]
-            if going is not None and going[1] // 2 != going[0]:
+            if coming is not None:
+                source, chunk = coming
+                here[step] = like[chunk % 2]
+                if source != plan.rank:
+                    here[step] = [room(x) for x in here[step]]
+                    operations += [self.receive(x, source) for x in here[step]]
+            if going is not None:
                 operations += [self.send(x, going[0]) for x in held[going[1]]]
             return start(operations)
 
@@ -127,7 +128,7 @@ class Returns:
             the steps.
 
     Attributes:
-        kept: gradients of chunks of this rank's own shard, which another one computes: they need not be sent.
+        kept: gradients of chunks of this rank's own shard that another one computes: its own part of the results.
     """
 
     def __init__(self, exchanges: Exchanges, k_grads: dict[int, Tensor]) -> None:
@@ -144,11 +145,12 @@ class Returns:
         operations, incoming, chunk = [], None, 0
         if found is not None:
             assert coming is not None, step
-            if coming[1] in plan.own:
-                self.kept[coming[1]] = found
+            source, chunk = coming
+            if source == plan.rank:
+                self.kept[chunk] = found
             else:
-                operations.append(self.exchanges.send(found, coming[0]))
-        if going is not None and going[1] // 2 != going[0]:
+                operations.append(self.exchanges.send(found, source))
+        if going is not None:
             worker, chunk = going
             incoming = room(self.k_grads[chunk])
             operations.append(self.exchanges.receive(incoming, worker))

@@ -186,7 +186,6 @@ def _backward_rows(
                 at = visited % 2
             if (place_of_keys == 0) | (place_of_keys >= full >> 3):
                 if SEGMENTS:
-                    names = segments + (batch + fresh).to(gl.int64) * seq_len
                     of_keys = gl.load(bounds + (batch * gl.cdiv(seq_len, ROWS) + key_start // ROWS) * 5 + 4)
                     if of_keys & 3 == PADDED:
                         # Both warpgroups do it: neither needs to wait for the other then.
@@ -274,9 +273,8 @@ def _backward_rows(
             factor = softmax_scale
             if NARROW:
                 factor = softmax_scale * gl.load(unit)
-            # Always 0, or the compiler would keep where the gradient goes over the whole loop. With masks at 64 and 128
-            # channels it does no harm, and Triton 3.7 spills if it does not.
-            fresh = 0 if SEGMENTS and K == D else visited >> 30
+            # Always 0, or the compiler would keep where the gradient goes over the whole loop.
+            fresh = visited >> 30
             for i in gl.static_range(PARTS):
                 x = acc[i]
                 rows = start + fresh + gl.arange(0, HALF_ROWS, gl.SliceLayout(1, x.type.layout))

@@ -21,6 +21,8 @@ _SCRIPT = Path(__file__).with_name("compile_kernels.py")
 _KERNELS = Path(__file__).parents[2] / "kernels"
 # Bytes of shared memory that a block can have: on Hopper, and on the least of the GPUs from Ampere on.
 _HOPPER, _LEAST = 227 * 1024, 99 * 1024
+# Bytes that a Hopper multiprocessor has for all blocks, and what it keeps of them for each.
+_MULTIPROCESSOR, _RESERVED = 228 * 1024, 1024
 
 
 def compile_kernels(kind: str, cases: list[dict[str, Any]], cache: Path) -> list[dict[str, Any]]:
@@ -68,6 +70,9 @@ def test_hopper_kernels(
         assert constants["K"] == head_dim, kernel
         assert kernel["shared"] <= _HOPPER, kernel
         assert not kernel["serialized"], kernel
+        if kernel["name"] == "forward_kernel":  # two on a multiprocessor, each with three warpgroups
+            assert 2 * (kernel["shared"] + _RESERVED) <= _MULTIPROCESSOR, kernel
+            assert 2 * 3 * 128 * kernel["registers"] <= 2**16, kernel
         plain = not constants["SEGMENTS"] and (constants.get("SELF", True) or constants["VISIT"])
         assert max(kernel["spill_stores"], kernel["spill_loads"]) <= (64 if plain else 160), kernel
 
