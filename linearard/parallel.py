@@ -182,7 +182,7 @@ def relation_group(context: ParallelContext) -> dist.ProcessGroup | None:
     groups: list[Any] = []
     for first in range(0, context.world_size, context.sequence_parallel_size):
         ranks = list(range(first, first + context.sequence_parallel_size))
-        groups.append(dist.new_group(ranks, backend="nccl", pg_options=nccl_options()))
+        groups.append(dist.new_group(ranks, backend="nccl", pg_options=nccl_options(len(ranks))))
     return groups[context.data_parallel_rank]
 
 

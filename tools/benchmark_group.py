@@ -24,7 +24,7 @@ import sys
 import time
 from argparse import Namespace
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ import numpy as np
 import relation_kl as rk
 import torch
 import torch.distributed as dist
-from relation_kl import exchanges, head_group, torch_visit
+from relation_kl import chunk_plan, exchanges, head_group, sequence_parallel, torch_visit
 from relation_kl.torch_visit import State
 from torch import Tensor
 
@@ -75,7 +75,8 @@ def main(options: Namespace, conditions: Callable[[], dict[str, Any]]) -> int:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         options.device = torch.device("cuda", torch.cuda.current_device())
     dist.init_process_group("nccl" if on_gpu else "gloo")
-    group = dist.new_group(backend="nccl", pg_options=rk.nccl_options()) if on_gpu else dist.group.WORLD
+    nccl = {"backend": "nccl", "pg_options": rk.nccl_options(dist.get_world_size())} if on_gpu else {}
+    group = dist.new_group(**nccl)
     try:
         return _run(options, conditions, group)
     finally:
@@ -182,13 +183,10 @@ def _case(
 
 
 def _in_groups(call: Callable[[], None], each: int) -> Callable[[], None]:
-    """The call with so many heads in a group."""
-
-    def groups(heads: int, key_heads: int, batch: int, rows: int) -> list[tuple[slice, slice]]:
-        return [(slice(i, i + each), slice(i, i + each)) for i in range(0, heads, each)]
+    """The call with so many heads in a group, twice as many in a forward pass alone."""
 
     def called() -> None:
-        with patch.object(head_group, "head_groups", groups):
+        with patch.object(chunk_plan, "heads_together", lambda *shape: each):
             call()
 
     return called
@@ -266,7 +264,7 @@ def _transfers_only() -> Iterator[None]:
         modules.append(importlib.import_module("relation_kl.triton_visit"))
     with ExitStack() as stack:
         for module in modules:
-            stack.enter_context(patch.object(module, "forward", lambda visit, scale, pivots: State.start(*pivots)))
+            stack.enter_context(patch.object(module, "forward", lambda visit, scale, pivots: State.start(pivots)))
             stack.enter_context(patch.object(module, "backward", lambda *arguments: None))
         yield
 
@@ -275,15 +273,19 @@ def _transfers_only() -> Iterator[None]:
 def _computation_only(made: Pool) -> Iterator[None]:
     """Within: nothing is exchanged; what would come from other ranks is random, one of four tensors, in turn."""
 
-    def random_like(x: Tensor) -> Tensor:
-        found = made.setdefault((x.shape, x.dtype), deque())
+    def random(x: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+        shape = tuple(x.shape if shape is None else shape)
+        found = made.setdefault((shape, x.dtype), deque())
         while len(found) < 4:  # at once, in the call that warms up
             like = torch.randn if x.is_floating_point() else torch.zeros
-            found.append(like(x.shape, dtype=x.dtype, device=x.device))
+            found.append(like(shape, dtype=x.dtype, device=x.device))
         found.rotate()
         return found[0]
 
-    with patch.object(exchanges, "start", lambda operations: []), patch.object(exchanges, "room", random_like):
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(exchanges, "start", lambda operations: []))
+        for module in (exchanges, head_group, sequence_parallel):
+            stack.enter_context(patch.object(module, "room", random))
         yield
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -51,28 +52,26 @@ class Plan:
         return [self.lengths[chunk % 2] for chunk in self.rows[self.rank]]
 
     @property
-    def steps(self) -> list[tuple[int, int]]:
-        """(distance to the rank that computes the chunk, which of its two) of the keys of other ranks, in the order of
-        the visits."""
-        return [(distance, half) for distance in range(1, self.ranks) for half in (0, 1)]
+    def steps(self) -> range:
+        """Distances to the ranks whose keys are visited, in the order of the visits."""
+        return range(1, self.ranks)
 
     def fetches(self, worker: int, chunk: int) -> bool:
         """Whether `worker` takes the chunk's keys in a step: rows that it computes may see them, and it does not
         compute the chunk itself."""
         return chunk not in self.rows[worker] and any(self.sees[row][chunk] for row in self.rows[worker])
 
-    def coming(self, step: tuple[int, int]) -> tuple[int, int] | None:
-        """(from, chunk) of the keys that this rank takes in a step, if any; those of its own shard are from itself."""
-        source = (self.rank - step[0]) % self.ranks
-        chunk = self.rows[source][step[1]]
-        if not self.fetches(self.rank, chunk):
-            return None
-        return (self.rank if chunk in self.own else source), chunk
+    def coming(self, step: int) -> list[tuple[int, int]]:
+        """(from, chunk) of the keys that this rank takes in a step; those of its own shard are from itself."""
+        source = (self.rank - step) % self.ranks
+        chunks = [chunk for chunk in self.rows[source] if self.fetches(self.rank, chunk)]
+        return [(self.rank if chunk in self.own else source, chunk) for chunk in chunks]
 
-    def going(self, step: tuple[int, int]) -> tuple[int, int] | None:
-        """(to, chunk) of the keys that another rank takes from this one in a step, if any."""
-        worker, chunk = (self.rank + step[0]) % self.ranks, self.rows[self.rank][step[1]]
-        return (worker, chunk) if chunk // 2 != worker and self.fetches(worker, chunk) else None
+    def going(self, step: int) -> list[tuple[int, int]]:
+        """(to, chunk) of the keys that another rank takes from this one in a step."""
+        worker = (self.rank + step) % self.ranks
+        chunks = (chunk for chunk in self.rows[self.rank] if self.fetches(worker, chunk))
+        return [(worker, chunk) for chunk in chunks if chunk // 2 != worker]
 
     def span(self, chunk: int) -> slice:
         """Where a chunk lies in its owner's shard."""
@@ -92,8 +91,7 @@ def make_plan(operands: Operands, segment_ids: Tensor | None, group: Any) -> Pla
         ValueError: shards of unequal length; not checked on a GPU without segment_ids, where nothing is gathered.
     """
     q, rank, ranks = operands.student_q, dist.get_rank(group), dist.get_world_size(group)
-    lengths = ((q.shape[2] + 1) // 2, q.shape[2] // 2)
-    chunks = range(2 * ranks)
+    lengths, chunks = ((q.shape[2] + 1) // 2, q.shape[2] // 2), range(2 * ranks)
     if segment_ids is None:
         if q.device.type == "cpu":
             gathered = list(torch.zeros(ranks, 1, dtype=torch.int64))
@@ -102,19 +100,30 @@ def make_plan(operands: Operands, segment_ids: Tensor | None, group: Any) -> Pla
         elif ranks > 1 and ranks % 2:
             # The one in the middle computes its own rows only. NCCL wants all ranks in a group's first exchange.
             dist.all_reduce(torch.zeros(1, device=q.device), group=group)
-        sees = [[c <= r and lengths[c % 2] > 0 and lengths[r % 2] > 0 for c in chunks] for r in chunks]
-    else:
-        ranges = [id_range(part) for part in segment_ids.split(lengths[0], 1)]
-        if lengths[1] == 0:
-            ranges.append(id_range(segment_ids[:, :0]))
-        mine = torch.stack([*ranges, torch.full_like(ranges[0], q.shape[2])])
-        gathered = [torch.empty_like(mine) for _ in range(ranks)]
-        dist.all_gather(gathered, mine, group=group)
-        found = torch.stack(gathered).cpu()
-        _check_lengths(found[:, 2, 0, 0].tolist())
-        low, high = found[:, :2].flatten(0, 1).unbind(-1)  # [2 P, B]
-        meet = ((low[:, None] <= high[None]) & (high[:, None] >= low[None])).any(-1).tolist()
-        sees = [[c <= r and meet[r][c] for c in chunks] for r in chunks]
+        return _one_segment(rank, ranks, lengths)
+    ranges = [id_range(part) for part in segment_ids.split(lengths[0], 1)]
+    if lengths[1] == 0:
+        ranges.append(id_range(segment_ids[:, :0]))
+    mine = torch.stack([*ranges, torch.full_like(ranges[0], q.shape[2])])
+    gathered = [torch.empty_like(mine) for _ in range(ranks)]
+    dist.all_gather(gathered, mine, group=group)
+    found = torch.stack(gathered).cpu()
+    _check_lengths(found[:, 2, 0, 0].tolist())
+    low, high = found[:, :2].flatten(0, 1).unbind(-1)  # [2 P, B]
+    meet = ((low[:, None] <= high[None]) & (high[:, None] >= low[None])).any(-1).tolist()
+    return _plan(rank, ranks, lengths, [[c <= r and meet[r][c] for c in chunks] for r in chunks])
+
+
+@lru_cache
+def _one_segment(rank: int, ranks: int, lengths: tuple[int, int]) -> Plan | None:
+    """Every row sees all that lies before it."""
+    sees = [[c <= r and lengths[c % 2] > 0 and lengths[r % 2] > 0 for c in range(2 * ranks)] for r in range(2 * ranks)]
+    return _plan(rank, ranks, lengths, sees)
+
+
+def _plan(rank: int, ranks: int, lengths: tuple[int, int], sees: list[list[bool]]) -> Plan | None:
+    """By what chunks may see; see `make_plan`."""
+    chunks = range(2 * ranks)
     if not any(sees[r][c] for r in chunks for c in chunks if r // 2 != c // 2):
         return None
     # The chunk with the most to see beside the one with the least, and so on. Of each two pairs, one goes to the
@@ -132,21 +141,31 @@ def make_plan(operands: Operands, segment_ids: Tensor | None, group: Any) -> Pla
     return Plan(rank, ranks, lengths, rows, sees)
 
 
-def head_groups(heads: int, key_heads: int, batch: int, rows: int) -> list[tuple[slice, slice]]:
-    """Query heads and their key heads that are worked on together.
-
-    As few as make a visit long beside its exchanges, or, where these would be fewer than `_GROUPS` groups, as make it
-    long enough. All groups have as many; with less than `_LEAST_GROUPS` of them, all heads are one. The numbers are the
-    same on all ranks, and on all devices.
+def head_groups(heads: int, key_heads: int, batch: int, rows: int, forward: bool = False) -> list[tuple[slice, slice]]:
+    """Query heads and their key heads that are worked on together; all groups have as many.
 
     Args:
         heads: H.
         key_heads: Hkv.
         batch: B.
         rows: of the longer chunk.
+        forward: there is no backward pass, which takes twice the time and the memory of a forward pass.
     """
-    shared = heads // key_heads
-    pairs = batch * shared * (-(-rows // _TILE)) ** 2
+    shared, count = heads // key_heads, heads_together(heads, key_heads, batch, rows)
+    if forward and key_heads % (2 * count) == 0:
+        count *= 2
+    firsts = range(0, key_heads, count)
+    return [(slice(i * shared, (i + count) * shared), slice(i, i + count)) for i in firsts]
+
+
+def heads_together(heads: int, key_heads: int, batch: int, rows: int) -> int:
+    """Key heads of a group with a backward pass.
+
+    As few as make a visit long beside its exchanges, or, where these would be fewer than `_GROUPS` groups, as make it
+    long enough. With less than `_LEAST_GROUPS` of them, all heads are one. The numbers are the same on all ranks, and
+    on all devices. Arguments as for `head_groups`.
+    """
+    pairs = batch * (heads // key_heads) * (-(-rows // _TILE)) ** 2
     divisors = [count for count in range(1, key_heads + 1) if key_heads % count == 0]
 
     def fewest(visit: int, most_groups: int) -> int:
@@ -154,10 +173,7 @@ def head_groups(heads: int, key_heads: int, batch: int, rows: int) -> list[tuple
         return next(fitting, key_heads)
 
     count = min(fewest(_LONG_VISIT, key_heads), fewest(_SHORT_VISIT, _GROUPS))
-    if key_heads // count < _LEAST_GROUPS:
-        count = key_heads
-    firsts = range(0, key_heads, count)
-    return [(slice(i * shared, (i + count) * shared), slice(i, i + count)) for i in firsts]
+    return count if key_heads // count >= _LEAST_GROUPS else key_heads
 
 
 def _check_lengths(lengths: list[int]) -> None:

@@ -2,8 +2,8 @@
 
 Pure arithmetic for one relation over one segment, forward and backward, in the two ways of dividing it over P ranks:
 
-- mode sequence (`sequence_parallel.py`): ranks hold shards of all heads and fetch one another's keys, a chunk at a
-  time, beside the computation with the chunk before; rows of one chunk, and the gradients, travel too.
+- mode sequence (`sequence_parallel.py`): ranks hold shards of all heads and fetch one another's keys, a rank's at a
+  time, beside the computation with those of the one before; rows of one chunk, and the gradients, travel too.
 - mode heads: after an all-to-all ranks hold whole sequences of a part of the heads. Inside the trainer Ulysses has
   done that for attention already. Where there are more ranks than heads, several ranks hold the same head and divide
   its rows.
@@ -109,10 +109,10 @@ def sequence(relation: Relation, ranks: int, machine: Machine, apart: bool = Fal
     """Mode sequence: `relation_kl_value_and_grad` and its like, a pass over the keys for each of forward and backward.
 
     In forward a rank's own chunk, with itself, hides the coming of the one that it computes for another, and its two
-    chunks with each other the first keys; in each further step it computes with the chunk of keys that it has, while
-    the next ones come in and, in backward, the gradients of the last ones go out. In backward, whose first chunks of
-    keys are still there, its two chunks with each other hide the last gradients, and its own one, which comes last, the
-    way back of the results.
+    chunks with each other the first keys; in each further step it computes with the keys that it has, while the next
+    ones come in and, in backward, the gradients of the last ones go out. In backward, whose first keys are still there,
+    its two chunks with each other hide the last gradients, and its own one, which comes last, the way back of the
+    results.
 
     Args:
         relation: what is computed.
@@ -208,10 +208,10 @@ def _pass(relation: Relation, ranks: int, machine: Machine, backward: bool, apar
     whole = products * 2 * relation.heads * vectors * (relation.tokens / (2 * ranks)) / (machine.tflops * 1e12)
     visit, diagonal = max(machine.launch_seconds, whole), max(machine.launch_seconds, whole / 2)
     rows = assignment(ranks)
-    steps = [(distance, half) for distance in range(1, ranks) for half in (0, 1)]
+    steps = list(range(1, ranks))
     if backward:
         steps.reverse()
-    held = AT_ONCE if backward and not apart else 0  # chunks of keys
+    held = AT_ONCE if backward and not apart else 0  # steps whose keys are there
 
     def visits(computed: Iterable[int], keys: Iterable[int]) -> float:
         """Seconds of these rows with these chunks of keys."""
@@ -225,12 +225,11 @@ def _pass(relation: Relation, ranks: int, machine: Machine, backward: bool, apar
         own = [r for r in rows[rank] if r // 2 == rank]
         others = [r for r in rows[rank] if r not in own]
         away = len(others)  # as many of its own chunks are computed elsewhere
-        comes = [rows[(rank - distance) % ranks][half] for distance, half in steps]
-        needed = [fetches(rank, keys) for keys in comes]
-        given = [fetches((rank + distance) % ranks, rows[rank][half]) for distance, half in steps]
+        needed = [[c for c in rows[(rank - step) % ranks] if fetches(rank, c)] for step in steps]
+        given = [[c for c in rows[rank] if fetches((rank + step) % ranks, c)] for step in steps]
         # Keys of a rank's own shard do not come back to it, and their gradients stay.
-        come = [a and chunk // 2 != rank for a, chunk in zip(needed, comes, strict=True)]
-        go = [b and rows[rank][half] // 2 != (rank + d) % ranks for b, (d, half) in zip(given, steps, strict=True)]
+        come = [sum(c // 2 != rank for c in chunks) for chunks in needed]
+        go = [sum(c // 2 != (rank + step) % ranks for c in chunks) for step, chunks in zip(steps, given, strict=True)]
         moves = [_transfer(key * a, key * b, machine) for a, b in zip(come, go, strict=True)]
         moves[:held] = [0.0] * min(held, len(moves))
         itself, alone = visits(own, own), len(others) * diagonal
@@ -246,8 +245,8 @@ def _pass(relation: Relation, ranks: int, machine: Machine, backward: bool, apar
         for move in moves[:AT_ONCE]:
             link += move
             arrivals.append(link)
-        for number, keys in enumerate(comes):
-            busy = max(busy, arrivals[number]) + (visits(rows[rank], [keys]) if needed[number] else 0.0)
+        for number, keys in enumerate(needed):
+            busy = max(busy, arrivals[number]) + visits(rows[rank], keys)
             if backward:
                 link = max(link, busy)
                 link += _transfer(gradient * go[number], gradient * come[number], machine)
@@ -259,9 +258,10 @@ def _pass(relation: Relation, ranks: int, machine: Machine, backward: bool, apar
         link = max(link, busy) + _transfer(away * result, away * result, machine)
         seconds = max(link, busy + itself - first)
         if ranks > 1:
-            copied = (away * chunk_vectors if chunk_bytes else 0) + sum(go[held:]) * key
-            added = sum(go) + sum(needed) - sum(come)
-            passes = _passes(relation, vectors, backward, copied, sum(needed), added)
+            # Of a rank's own chunk one copy is sent to all; the other one lies as it came.
+            copied = (away * chunk_vectors if chunk_bytes else 0) + (key if any(go[held:]) else 0)
+            fetched = sum(map(len, needed))
+            passes = _passes(relation, vectors, backward, copied, fetched, sum(go) + fetched - sum(come))
             seconds += passes / machine.memory_gb_s / 1e9
         received = away * (chunk_bytes + result) + sum(come[held:]) * key + sum(go) * gradient
         sent = away * (chunk_bytes + result) + sum(go[held:]) * key + sum(come) * gradient
@@ -276,7 +276,7 @@ def _passes(relation: Relation, vectors: int, backward: bool, copied: int, neede
         relation: what is computed.
         vectors: elements of a chunk of a head.
         backward: which pass.
-        copied: bytes of chunks and keys that are sent: of several heads, which lie apart.
+        copied: bytes of chunks and keys that are copied to be sent: of student and teacher, which lie apart.
         needed: chunks of keys of others, each with a gradient of its own.
         added: such gradients that are added up here.
     """

@@ -6,9 +6,9 @@ Every rank starts its exchanges in the same order, and each with one batch of se
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,11 +16,32 @@ from torch import Tensor
 
 from .chunk_plan import Plan
 
-Step = tuple[int, int]  # (distance to who computes the chunk, which of its two); see `Plan.steps`
-# Steps whose keys are on their way or in use, and steps whose gradients are on their way: with fewer a rank would wait
-# for those that have more to do in a step than it has. `cost_model` counts on the first.
-AT_ONCE = 3
-RETURNS_AT_ONCE = 2
+# Steps whose keys are on their way or in use, and steps whose gradients are on their way. With one segment all ranks
+# have as much to do in every step. `cost_model` counts on the first.
+AT_ONCE = 2
+RETURNS_AT_ONCE = 1
+
+
+class Vectors(NamedTuple):
+    """Keys of a chunk, or its queries."""
+
+    student: Tensor  # [B, H, N, D]
+    teacher: Tensor
+    ids: Tensor | None = None  # of keys where there are segments: int64 [B, N]
+    packed: Tensor | None = None  # [2, B, H, N, D], of which student and teacher are the parts
+
+    def message(self) -> list[Tensor]:
+        """What is sent: student and teacher as one, a copy if they do not lie that way."""
+        packed = torch.stack((self.student, self.teacher)) if self.packed is None else self.packed
+        return [packed, *([] if self.ids is None else [self.ids])]
+
+    def room(self) -> Vectors:
+        """For what comes in of such a chunk: its message is what is received."""
+        packed = room(self.student, (2, *self.student.shape))
+        return Vectors(packed[0], packed[1], None if self.ids is None else room(self.ids), packed)
+
+
+Arrived = list[tuple[int, Vectors]]  # chunks and their keys
 
 
 class Exchanges:
@@ -34,28 +55,27 @@ class Exchanges:
     def __init__(self, plan: Plan, group: Any) -> None:
         self.plan, self.group = plan, group
 
-    def rows(
-        self, parts: dict[int, list[Tensor]], shapes: dict[int, list[Tensor]]
-    ) -> tuple[dict[int, list[Tensor]], list[Any]]:
-        """Chunks go from their owners to those who compute them: chunk -> tensors, once the works were waited for.
+    def rows(self, going: dict[int, list[Tensor]], coming: dict[int, list[Tensor]]) -> list[Any]:
+        """Chunks go from their owners to those who compute them.
 
         Args:
-            parts: of this rank's chunks.
-            shapes: tensors like those of the chunks that this rank computes.
+            going: by chunk, of at least those of this rank's that another one computes.
+            coming: what is received: of the chunks of other ranks that this one computes.
+
+        Returns:
+            Works that are to be waited for.
         """
         rows = enumerate(self.plan.rows)
-        return self._move([(c, c // 2, worker) for worker, chunks in rows for c in chunks], parts, shapes)
+        return self._move([(c, c // 2, worker) for worker, chunks in rows for c in chunks], going, coming)
 
-    def results(
-        self, parts: dict[int, list[Tensor]], shapes: dict[int, list[Tensor]]
-    ) -> tuple[dict[int, list[Tensor]], list[Any]]:
+    def results(self, going: dict[int, list[Tensor]], coming: dict[int, list[Tensor]]) -> list[Any]:
         """The way back; as `rows`, with the chunks of both sides changed about."""
         rows = enumerate(self.plan.rows)
-        return self._move([(c, worker, c // 2) for worker, chunks in rows for c in chunks], parts, shapes)
+        return self._move([(c, worker, c // 2) for worker, chunks in rows for c in chunks], going, coming)
 
     def keys(
-        self, steps: list[Step], held: dict[int, list[Tensor]], like: list[list[Tensor]], here: dict[Step, list[Tensor]]
-    ) -> Iterator[tuple[Step, int, list[Tensor]]]:
+        self, steps: Sequence[int], held: dict[int, Vectors], like: Sequence[Vectors], here: dict[int, Arrived]
+    ) -> Iterator[tuple[int, Arrived]]:
         """The keys of each step. `AT_ONCE` steps' are sent for now; those of a later one when a step's are done with.
 
         Args:
@@ -65,53 +85,54 @@ class Exchanges:
             here: steps for which nothing needs to be sent, the same on all ranks, and their keys. They are taken out.
 
         Yields:
-            (step, chunk, keys), or (step, -1, []) where this rank needs none. Nothing here holds the keys any longer.
+            (step, (chunk, keys) of each that this rank needs). Nothing here holds the keys any longer.
         """
-        plan, had = self.plan, set(here)
+        plan, left = self.plan, [step for step in steps if step not in here]
+        messages: dict[int, list[Tensor]] = {}  # each is copied once, and kept until it was sent to all
 
-        def begin(step: Step) -> list[Any]:
-            if step in had:
+        def begin(step: int) -> list[Any]:
+            if step not in left:
                 return []
-            coming, going = plan.coming(step), plan.going(step)
             here[step], operations = [], []
-            if coming is not None:
-                source, chunk = coming
-                here[step] = like[chunk % 2]
+            for source, chunk in plan.coming(step):
+                keys = like[chunk % 2]
                 if source != plan.rank:
-                    here[step] = [room(x) for x in here[step]]
-                    operations += [self.receive(x, source) for x in here[step]]
-            if going is not None:
-                operations += [self.send(x, going[0]) for x in held[going[1]]]
+                    keys = keys.room()
+                    operations += [self.receive(x, source) for x in keys.message()]
+                here[step].append((chunk, keys))
+            for worker, chunk in plan.going(step):
+                if chunk not in messages:
+                    messages[chunk] = held[chunk].message()
+                operations += [self.send(x, worker) for x in messages[chunk]]
+            if step == left[-1]:
+                messages.clear()
             return start(operations)
 
         works = deque(begin(step) for step in steps[:AT_ONCE])
 
-        def arriving() -> Iterator[tuple[Step, int, list[Tensor]]]:
+        def arriving() -> Iterator[tuple[int, Arrived]]:
             for step, later in zip_longest(steps, steps[AT_ONCE:]):
                 wait(works.popleft())
-                _, chunk = plan.coming(step) or (-1, -1)
-                yield step, chunk, here.pop(step)
+                yield step, here.pop(step)
                 if later is not None:
                     works.append(begin(later))
 
         return arriving()
 
     def _move(
-        self, moves: list[tuple[int, int, int]], parts: dict[int, list[Tensor]], shapes: dict[int, list[Tensor]]
-    ) -> tuple[dict[int, list[Tensor]], list[Any]]:
-        """Start (chunk, from, to) moves, in the same order on every rank; what stays is not copied."""
-        rank, found, operations = self.plan.rank, {}, []
+        self, moves: list[tuple[int, int, int]], going: dict[int, list[Tensor]], coming: dict[int, list[Tensor]]
+    ) -> list[Any]:
+        """Start (chunk, from, to) moves, in the same order on every rank, but those that lead nowhere."""
+        rank, operations = self.plan.rank, []
         for chunk, source, target in moves:
-            if rank == target:
-                found[chunk] = parts[chunk] if source == target else [room(x) for x in shapes[chunk]]
-                if source != target:
-                    operations += [self.receive(x, source) for x in found[chunk]]
-            elif rank == source:
-                operations += [self.send(x, target) for x in parts[chunk]]
-        return found, start(operations)
+            if source != target and rank == target:
+                operations += [self.receive(x, source) for x in coming[chunk]]
+            elif source != target and rank == source:
+                operations += [self.send(x, target) for x in going[chunk]]
+        return start(operations)
 
     def send(self, x: Tensor, peer: int) -> dist.P2POp:
-        """What `start` is to start; where x has gaps it holds a copy, which lives until the work was waited for."""
+        """What `start` is to start; a copy, if x has gaps. It holds what is sent until the work was waited for."""
         return dist.P2POp(dist.isend, x.contiguous(), group=self.group, group_peer=peer)
 
     def receive(self, x: Tensor, peer: int) -> dist.P2POp:
@@ -134,27 +155,23 @@ class Returns:
     def __init__(self, exchanges: Exchanges, k_grads: dict[int, Tensor]) -> None:
         self.exchanges, self.k_grads = exchanges, k_grads
         self.kept: dict[int, Tensor] = {}
-        self.pending: deque[tuple[list[Any], Tensor | None, int]] = deque()
+        self.pending: deque[tuple[list[Any], list[tuple[int, Tensor]]]] = deque()
 
-    def send(self, step: Step, found: Tensor | None) -> None:
-        """Send back a step's gradient, and take in the one that this rank's keys got in that step elsewhere."""
+    def send(self, step: int, found: dict[int, Tensor]) -> None:
+        """Send back a step's gradients, by chunk, and take in what this rank's keys got in that step elsewhere."""
         if len(self.pending) == RETURNS_AT_ONCE:
             self._take_in()
-        plan = self.exchanges.plan
-        coming, going = plan.coming(step), plan.going(step)
-        operations, incoming, chunk = [], None, 0
-        if found is not None:
-            assert coming is not None, step
-            source, chunk = coming
+        exchanges, plan = self.exchanges, self.exchanges.plan
+        operations, incoming = [], []
+        for source, chunk in plan.coming(step):
             if source == plan.rank:
-                self.kept[chunk] = found
+                self.kept[chunk] = found[chunk]
             else:
-                operations.append(self.exchanges.send(found, source))
-        if going is not None:
-            worker, chunk = going
-            incoming = room(self.k_grads[chunk])
-            operations.append(self.exchanges.receive(incoming, worker))
-        self.pending.append((start(operations), incoming, chunk))
+                operations.append(exchanges.send(found[chunk], source))
+        for worker, chunk in plan.going(step):
+            incoming.append((chunk, room(self.k_grads[chunk])))
+            operations.append(exchanges.receive(incoming[-1][1], worker))
+        self.pending.append((start(operations), incoming))
 
     def finish(self) -> None:
         """Wait for those of the last steps, and add them up."""
@@ -162,15 +179,15 @@ class Returns:
             self._take_in()
 
     def _take_in(self) -> None:
-        works, incoming, chunk = self.pending.popleft()
+        works, incoming = self.pending.popleft()
         wait(works)
-        if incoming is not None:
-            self.k_grads[chunk] += incoming
+        for chunk, gradient in incoming:
+            self.k_grads[chunk] += gradient
 
 
-def room(x: Tensor) -> Tensor:
-    """For something of x's shape and type that comes in; contiguous, however x lies."""
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def room(x: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    """For something of x's type, and of its shape or another, that comes in; contiguous, however x lies."""
+    return torch.empty(x.shape if shape is None else shape, dtype=x.dtype, device=x.device)
 
 
 def start(operations: list[dist.P2POp]) -> list[Any]:

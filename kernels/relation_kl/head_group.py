@@ -12,30 +12,32 @@ import torch
 from torch import Tensor
 
 from .chunk_plan import Plan, head_groups
-from .exchanges import Exchanges, Step
+from .exchanges import Arrived, Exchanges, Vectors, room
 from .torch_backend import Operands
 from .torch_visit import Visit
 
-Chunk = list[Tensor]  # of keys: k_s, k_t [B, Hkv, N, D], and ids [B, N] where there are segments
 Heads = tuple[slice, slice]  # of the rows and of the keys
 
 
 class Rows(NamedTuple):
-    """What a rank knows of a chunk that it computes: its rows, and its keys, which in a self-relation they are."""
+    """What a rank knows of a chunk."""
 
     chunk: int
-    q_s: Tensor  # [B, H, R, D]
-    q_t: Tensor
-    k_s: Tensor  # [B, Hkv, R, D]
-    k_t: Tensor
+    queries: Vectors
+    keys: Vectors  # in a self-relation the queries
     # [n, B, H, R]: in forward the pivots of student and teacher, and, where backward follows, the upstream gradient; in
     # backward the upstream gradient.
     numbers: Tensor
-    ids: Tensor | None  # [B, R]
 
-    @property
-    def keys(self) -> Chunk:
-        return [self.k_s, self.k_t, *([] if self.ids is None else [self.ids])]
+    def message(self) -> list[Tensor]:
+        """What is sent of it."""
+        of_queries = [] if self.queries is self.keys else self.queries.message()
+        return [self.numbers, *of_queries, *self.keys.message()]
+
+    def room(self, chunk: int) -> Rows:
+        """For what comes in of another chunk of this length: its message is what is received."""
+        keys = self.keys.room()
+        return Rows(chunk, keys if self.queries is self.keys else self.queries.room(), keys, room(self.numbers))
 
 
 @dataclass
@@ -48,7 +50,7 @@ class Job:
         foreign: those of other shards; not to be looked at before `works` were waited for.
         works: what brings them.
         like: keys of both chunks of its own shard.
-        held: for the last steps of the forward pass their keys, where the backward pass follows.
+        held: for the last steps of the forward pass the keys that came, where the backward pass follows.
         results: for each chunk whose rows this rank computes, what is to go to the chunk's owner.
     """
 
@@ -56,8 +58,8 @@ class Job:
     own: list[Rows]
     foreign: list[Rows]
     works: list[Any]
-    like: list[Chunk]
-    held: dict[Step, Chunk] = field(default_factory=dict)
+    like: list[Vectors]
+    held: dict[int, Arrived] = field(default_factory=dict)
     results: dict[int, list[Tensor]] = field(default_factory=dict)
 
     @property
@@ -70,23 +72,28 @@ class Job:
         return sorted(self.own + self.foreign, key=lambda rows: rows.chunk)
 
     @property
-    def keys(self) -> dict[int, Chunk]:
+    def keys(self) -> dict[int, Vectors]:
         return {each.chunk: each.keys for each in self.rows}
 
-    def visits(self, keys: Chunk, chunk: int, rows: Sequence[Rows]) -> Iterator[tuple[Rows, Visit]]:
+    def visits(self, keys: Vectors, chunk: int, rows: Sequence[Rows]) -> Iterator[tuple[Rows, Visit]]:
         """The visits of the chunk by those rows that may see it."""
-        k_s, k_t, *ids = keys
         for each in rows:
             if self.plan.sees[each.chunk][chunk]:
-                of_keys = ids[0] if ids else None
-                yield each, Visit(each.q_s, each.q_t, k_s, k_t, each.ids, of_keys, each.chunk == chunk)
+                vectors = each.queries.student, each.queries.teacher, keys.student, keys.teacher
+                yield each, Visit(*vectors, each.keys.ids, keys.ids, each.chunk == chunk)
 
 
-def by_heads(plan: Plan, operands: Operands, segment_ids: Tensor | None, work: Callable[..., Iterator[None]]) -> None:
+def by_heads(
+    plan: Plan,
+    operands: Operands,
+    segment_ids: Tensor | None,
+    work: Callable[..., Iterator[None]],
+    forward: bool = False,
+) -> None:
     """Runs `work(operands, heads, key_heads, ids)` for each group of heads, see `head_groups` and `take_turns`."""
     q, k = operands.student_q, operands.student_k
     ids = None if segment_ids is None else segment_ids.long()
-    groups = head_groups(q.shape[1], k.shape[1], q.shape[0], plan.lengths[0])
+    groups = head_groups(q.shape[1], k.shape[1], q.shape[0], plan.lengths[0], forward)
     pieces = []
     for heads, key_heads in groups:
         if operands.self_relation:  # `own_logits` asks whether queries and keys are the same tensor

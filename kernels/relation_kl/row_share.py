@@ -47,20 +47,22 @@ class RowShare:
     def forward(
         self, operands: Operands, softmax_scale: float, segment_ids: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Rows [B, H, T], and statistics of those that were computed, [2, B, H, L]."""
+        """Rows [B, H, T], and statistics of those that were computed, [2 chunks, 2, B, H, L]."""
         chunks = self._chunks(operands, segment_ids)
         seen: dict[int, list[State]] = {chunk: [] for chunk in self.own}
         for pairs, visit in self._visits(chunks):
-            pivots = tuple(self.visits.own_logits(x, x, softmax_scale, visit.row_ids) for x in (visit.q_s, visit.q_t))
-            state = self.visits.forward(visit, softmax_scale, pivots)
-            parts = [x.chunk(len(pairs)) for x in (state.m_s, state.m_t, state.l_s, state.l_t, state.a)]
+            pivots = [self.visits.own_logits(x, x, softmax_scale, visit.row_ids) for x in (visit.q_s, visit.q_t)]
+            state = self.visits.forward(visit, softmax_scale, torch.stack(pivots))
+            parts = [x.chunk(len(pairs), -3) for x in (state.m, state.total, state.a)]
             for (chunk, _), *part in zip(pairs, *parts, strict=True):
                 seen[chunk].append(State(*part))
         states = {chunk: State.joined(found) for chunk, found in seen.items()}
         rows = torch.zeros(chunks.x_s.shape[:4], dtype=working(chunks.x_s), device=chunks.x_s.device)
+        statistics = []
         for chunk, state in states.items():
-            rows[chunk] = state.rows(None if chunks.ids is None else chunks.ids[chunk])
-        statistics = zip(*(state.statistics() for state in states.values()), strict=True)
+            rows[chunk], found = self.visits.conclude(state, None if chunks.ids is None else chunks.ids[chunk])
+            statistics.append(found)
+        statistics = zip(*statistics, strict=True)
         return _whole(rows, operands), tuple(torch.stack(each) for each in statistics)
 
     @exactly
@@ -84,7 +86,7 @@ class RowShare:
         shape = self.visits.gradient_shape(chunks.x_s[0])
         total = torch.zeros(len(chunks.x_s), *shape, dtype=kind, device=chunks.x_s.device)
         for pairs, visit in self._visits(chunks):
-            *of_rows, g = (torch.cat([x[self.own.index(row)] for row, _ in pairs]) for x in (*statistics, upstream))
+            *of_rows, g = (torch.cat([x[self.own.index(row)] for row, _ in pairs], -3) for x in (*statistics, upstream))
             q_grad = torch.zeros(self.visits.gradient_shape(visit.q_s), dtype=kind, device=total.device)
             k_grad = q_grad if visit.diagonal else torch.zeros_like(q_grad)
             self.visits.backward(visit, softmax_scale, of_rows, g, q_grad, k_grad)

@@ -38,24 +38,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .chunk_plan import Plan, make_plan
-from .exchanges import AT_ONCE, Exchanges, Returns, wait
-from .head_group import Chunk, Heads, Job, Rows, by_heads, empty_gradients, halves, of_heads
+from .exchanges import AT_ONCE, Exchanges, Returns, Vectors, room, wait
+from .head_group import Heads, Job, Rows, by_heads, empty_gradients, halves, of_heads
 from .torch_backend import Operands
 from .torch_visit import State, exactly, working
 
-# With fewer, transfers take longer than the computation; with more, they slow it down (figures in README.md).
-_NCCL_BLOCKS = 8
+# With fewer, transfers take longer than the computation; with more, they slow it down, and NCCL's buffers take more
+# memory (figures in README.md). Of a group's blocks NCCL gives a message to one of P ranks a P-th.
+_NCCL_BLOCKS_A_RANK, _MOST_NCCL_BLOCKS = 4, 16
 
 
-def nccl_options() -> Any:
-    """Options of an NCCL group whose exchanges run beside the kernels.
+def nccl_options(ranks: int) -> Any:
+    """Options of an NCCL group of so many ranks whose exchanges run beside the kernels.
 
-    `dist.new_group(ranks, backend="nccl", pg_options=nccl_options())`: a kernel of NCCL's occupies multiprocessors
-    until its peer has come, so it is to have few of them, and, as the kernels here fill them all, the first that are
-    free.
+    `dist.new_group(members, backend="nccl", pg_options=nccl_options(len(members)))`: a kernel of NCCL's occupies
+    multiprocessors until its peer has come, so it is to have few of them, and, as the kernels here fill them all, the
+    first that are free.
     """
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-    options.config.max_ctas = _NCCL_BLOCKS
+    options.config.max_ctas = min(_NCCL_BLOCKS_A_RANK * ranks, _MOST_NCCL_BLOCKS)
     return options
 
 
@@ -81,21 +82,21 @@ class SequenceParallel:
             return self.local.forward(operands, softmax_scale, segment_ids)
         q = operands.student_q
         values = torch.empty(q.shape[:3], dtype=working(q), device=q.device)
-        computed = (*q.shape[:2], sum(plan.row_lengths))
-        statistics = tuple(torch.empty(computed, dtype=working(q), device=q.device) for _ in range(4))
+        computed = (2, *q.shape[:2], sum(plan.row_lengths))
+        statistics = tuple(torch.empty(computed, dtype=working(q), device=q.device) for _ in range(2))
 
         def work(part: Operands, heads: slice, key_heads: slice, ids: Tensor | None) -> Iterator[None]:
             job = self._start(plan, part, ids, torch.stack(self._pivots(part, softmax_scale, ids)))
             yield
             of_rows = yield from self._forward(job, softmax_scale, keep=False)
             for x, *found in zip(statistics, *(of_rows[each.chunk] for each in job.rows), strict=True):
-                torch.cat(found, 2, out=x[:, heads])
-            found, works = job.exchanges.results(job.results, {c: [values[:, heads, plan.span(c)]] for c in plan.own})
-            wait(works)
+                torch.cat(found, 3, out=x[:, :, heads])
+            coming = {c: [room(values[:, heads, plan.span(c)])] for c in plan.own if c not in job.results}
+            wait(job.exchanges.results(job.results, coming))
             for chunk in plan.own:
-                values[:, heads, plan.span(chunk)] = found[chunk][0]
+                values[:, heads, plan.span(chunk)] = (job.results | coming)[chunk][0]
 
-        by_heads(plan, operands, segment_ids, work)
+        by_heads(plan, operands, segment_ids, work, forward=True)
         return values, statistics
 
     @exactly
@@ -117,7 +118,7 @@ class SequenceParallel:
         def work(part: Operands, heads: slice, key_heads: slice, ids: Tensor | None) -> Iterator[None]:
             job = self._start(plan, part, ids, prepared[None, :, heads])
             yield
-            parts = ([y.contiguous() for y in x[:, heads].split(plan.row_lengths, 2)] for x in statistics)
+            parts = ([y.contiguous() for y in x[:, :, heads].split(plan.row_lengths, 3)] for x in statistics)
             of_rows = dict(zip(plan.rows[plan.rank], zip(*parts, strict=True), strict=True))
             yield from self._backward(job, part, softmax_scale, of_rows, unit, of_heads(grads, heads, key_heads))
 
@@ -157,9 +158,9 @@ class SequenceParallel:
         steps = job.plan.steps
         states: dict[int, State] = {}
 
-        def visit_all(keys: Chunk, chunk: int, rows: Sequence[Rows]) -> None:
+        def visit_all(keys: Vectors, chunk: int, rows: Sequence[Rows]) -> None:
             for each, visit in job.visits(keys, chunk, rows):
-                found = self.visits.forward(visit, scale, (each.numbers[0], each.numbers[1]))
+                found = self.visits.forward(visit, scale, each.numbers[:2])
                 if each.chunk in states:
                     self.visits.add(states[each.chunk], found)
                 else:
@@ -172,17 +173,19 @@ class SequenceParallel:
         stream = job.exchanges.keys(steps, job.keys, job.like, {})
         for each in job.rows:
             visit_all(each.keys, each.chunk, job.foreign if each.chunk in job.plan.own else job.rows)
-        for step, chunk, keys in stream:
-            if keys:
-                visit_all(keys, chunk, job.rows)
+        for step, arrived in stream:
             if keep and step in steps[-AT_ONCE:]:
-                job.held[step] = keys
-            del keys
+                job.held[step] = list(arrived)
+            while arrived:
+                chunk, keys = arrived.pop(0)
+                visit_all(keys, chunk, job.rows)
+                del keys
+        statistics = {}
         for each in job.rows:
-            if each.chunk not in states:  # padding
-                states[each.chunk] = State.start(each.numbers[0], each.numbers[1])
-            job.results[each.chunk] = [states[each.chunk].rows(each.ids)]
-        return {chunk: state.statistics() for chunk, state in states.items()}
+            state = states.pop(each.chunk, None) or State.start(each.numbers[:2])  # of padding
+            values, statistics[each.chunk] = self.visits.conclude(state, each.keys.ids)
+            job.results[each.chunk] = [values]
+        return statistics
 
     def _backward(
         self,
@@ -216,18 +219,20 @@ class SequenceParallel:
 
         def begin(rows: Sequence[Rows]) -> None:
             for each in rows:
-                q_grads[each.chunk] = nothing_yet(each.q_s)
+                q_grads[each.chunk] = nothing_yet(each.queries.student)
                 if not both:
-                    k_grads[each.chunk] = nothing_yet(each.k_s)
+                    k_grads[each.chunk] = nothing_yet(each.keys.student)
 
-        def visit_all(keys: Chunk, chunk: int, rows: Sequence[Rows], k_grad: Tensor, part: Heads | None = None) -> None:
+        def visit_all(
+            keys: Vectors, chunk: int, rows: Sequence[Rows], k_grad: Tensor, part: Heads | None = None
+        ) -> None:
             for each, visit in job.visits(keys, chunk, rows):
                 *statistics, upstream = (*of_rows[each.chunk], each.numbers[0])
                 q_grad, of_keys = q_grads[each.chunk], k_grad
                 if part is not None:
                     heads, key_heads = part
                     visit = visit.of_heads(heads, key_heads)
-                    *statistics, upstream = (x[:, heads].contiguous() for x in (*statistics, upstream))
+                    *statistics, upstream = (x[..., heads, :].contiguous() for x in (*statistics, upstream))
                     q_grad, of_keys = q_grad[:, heads], of_keys[:, key_heads]
                 self.visits.backward(visit, scale, statistics, upstream, q_grad, of_keys)
 
@@ -250,11 +255,13 @@ class SequenceParallel:
         for each in job.foreign:
             visit_all(each.keys, each.chunk, [each], k_grads[each.chunk])
         returns = Returns(job.exchanges, k_grads)
-        for step, chunk, keys in stream:
-            found = nothing_yet(keys[0]) if keys else None
-            if found is not None:
-                visit_all(keys, chunk, job.rows, found)
-            del keys
+        for step, arrived in stream:
+            found: dict[int, Tensor] = {}
+            while arrived:
+                chunk, keys = arrived.pop(0)
+                found[chunk] = nothing_yet(keys.student)
+                visit_all(keys, chunk, job.rows, found[chunk])
+                del keys
             returns.send(step, found)
             del found
         for each in job.rows:
@@ -288,14 +295,14 @@ class SequenceParallel:
         plan, every = job.plan, [q_grads, k_grads] if k_grads else [q_grads]
         for chunk in q_grads:
             job.results[chunk] = [*(grads[chunk] for grads in every), *job.results.get(chunk, [])]
-        shapes = {}
-        for chunk in plan.own:
+        coming: dict[int, list[Tensor]] = {}
+        like = next(iter(q_grads.values()))
+        for chunk in (chunk for chunk in plan.own if chunk not in job.results):
             span = plan.span(chunk)
-            parts = [x[:, :, span] for x in (operands.student_q, operands.student_k)[: len(every)]]
-            blank = torch.empty(1, dtype=working(operands.student_q), device=operands.student_q.device)
-            shapes[chunk] = [blank.expand(self.visits.gradient_shape(x)) for x in parts]
-            shapes[chunk] += [] if values is None else [values[:, :, span]]
-        return job.exchanges.results(job.results, shapes)
+            parts = (x[:, :, span] for x in (operands.student_q, operands.student_k)[: len(every)])
+            coming[chunk] = [room(like, self.visits.gradient_shape(x)) for x in parts]
+            coming[chunk] += [] if values is None else [room(values[:, :, span])]
+        return job.results | coming, job.exchanges.results(job.results, coming)
 
     def _pivots(self, operands: Operands, scale: float, ids: Tensor | None) -> list[Tensor]:
         q_s, k_s, q_t, k_t, _ = operands
@@ -312,23 +319,18 @@ class SequenceParallel:
 
     def _start(self, plan: Plan, operands: Operands, segment_ids: Tensor | None, numbers: Tensor) -> Job:
         """The chunks that this rank computes, those of other shards on their way; numbers [n, B, H, T], see `Rows`."""
-        parts = {}
+        shard = []
         for chunk in plan.own:
             span = plan.span(chunk)
             q_s, k_s, q_t, k_t = (x[:, :, span] for x in operands[:4])
-            keys = [] if operands.self_relation else [k_s, k_t]
-            ids = [] if segment_ids is None else [segment_ids[:, span].contiguous()]
-            parts[chunk] = [q_s, q_t, numbers[..., span].contiguous(), *keys, *ids]
-
-        def named(chunk: int, tensors: list[Tensor]) -> Rows:
-            q_s, q_t, numbers, *rest = tensors
-            ids = None if segment_ids is None else rest.pop()
-            k_s, k_t = rest or (q_s, q_t)
-            return Rows(chunk, q_s, q_t, k_s, k_t, numbers, ids)
-
-        exchanges = Exchanges(plan, self.group)
+            keys = Vectors(k_s, k_t, None if segment_ids is None else segment_ids[:, span].contiguous())
+            queries = keys if operands.self_relation else Vectors(q_s, q_t)
+            shard.append(Rows(chunk, queries, keys, numbers[..., span].contiguous()))
+        mine = plan.rows[plan.rank]
         # A chunk's shape is that of this rank's first or second one.
-        found, works = exchanges.rows(parts, {chunk: parts[plan.own[chunk % 2]] for chunk in plan.rows[plan.rank]})
-        own = [named(chunk, x) for chunk, x in found.items() if chunk in plan.own]
-        foreign = [named(chunk, x) for chunk, x in found.items() if chunk not in plan.own]
-        return Job(exchanges, own, foreign, works, [named(chunk, x).keys for chunk, x in parts.items()])
+        foreign = [shard[chunk % 2].room(chunk) for chunk in mine if chunk not in plan.own]
+        going = {rows.chunk: rows.message() for rows in shard if rows.chunk not in mine}
+        exchanges = Exchanges(plan, self.group)
+        works = exchanges.rows(going, {rows.chunk: rows.message() for rows in foreign})
+        own = [rows for rows in shard if rows.chunk in mine]
+        return Job(exchanges, own, foreign, works, [rows.keys for rows in shard])

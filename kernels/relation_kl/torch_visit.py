@@ -21,7 +21,7 @@ _LN2 = 0.6931471805599453
 # Stands for -inf, but its differences are no NaN.
 _MASKED = -1e30
 # A sum that is larger is moved into its pivot, so that dividing by it loses nothing.
-_LARGE = 2.0**80
+LARGE = 2.0**80
 
 
 class Visit(NamedTuple):
@@ -47,53 +47,45 @@ class Visit(NamedTuple):
 
 @dataclass
 class State:
-    """Sums over the keys that rows have visited; float32 [B, H, R] (float64 for float64 inputs), logits times log2 e.
+    """Sums over the keys that rows have visited; float32 (float64 for float64 inputs), logits times log2 e.
 
-    With Z = S - m:  l = sum 2^Z of student and of teacher,  a = sum 2^Zt (Zt - Zs).  The pivots m are any numbers for
-    which nothing overflows; states of the same rows add up after they were brought to the same pivots.
+    With Z = S - m:  total = sum 2^Z,  a = sum 2^Zt (Zt - Zs), s for student and t for teacher, in this order in m and
+    total.  The pivots m are any numbers for which nothing overflows; states of the same rows add up after they were
+    brought to the same pivots.
     """
 
-    m_s: Tensor
-    m_t: Tensor
-    l_s: Tensor
-    l_t: Tensor
-    a: Tensor
+    m: Tensor  # [2, B, H, R]
+    total: Tensor  # [2, B, H, R]
+    a: Tensor  # [B, H, R]
 
     @classmethod
-    def start(cls, m_s: Tensor, m_t: Tensor) -> State:
-        """Of rows that have seen nothing yet."""
-        return cls(m_s.clone(), m_t.clone(), *(torch.zeros_like(m_s) for _ in range(3)))
+    def start(cls, pivots: Tensor) -> State:
+        """Of rows that have seen nothing yet; pivots like m."""
+        m = pivots.clone(memory_format=torch.contiguous_format)
+        return cls(m, torch.zeros_like(m), torch.zeros_like(m[0]))
 
     @classmethod
     def joined(cls, states: Sequence[State]) -> State:
         """Of the same rows, each after visits of other keys."""
-        fields = ("m_s", "m_t", "l_s", "l_t", "a")
-        every = cls(*(torch.stack([getattr(state, name) for state in states]) for name in fields))
-        m_s, m_t = every.m_s.amax(0), every.m_t.amax(0)
-        return cls(m_s, m_t, *(x.sum(0) for x in _lowered(every, m_s, m_t)))
-
-    def rows(self, ids: Tensor | None) -> Tensor:
-        """The divergence of each row in nats; 0 for padding."""
-        value = (self.a / self.l_t - (self.l_t.log2() - self.l_s.log2())) * _LN2
-        return value if ids is None else torch.where((ids >= 0)[:, None], value, 0.0)
-
-    def statistics(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """m_s, m_t, l_s, l_t for backward: 2^(S - m) / l is the probability; l is above 0, also for padding."""
-
-        def tame(m: Tensor, l: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
-            large = l > _LARGE
-            return torch.where(large, m + l.log2(), m), torch.where(large | (l == 0), 1.0, l)
-
-        (m_s, l_s), (m_t, l_t) = tame(self.m_s, self.l_s), tame(self.m_t, self.l_t)
-        return m_s, m_t, l_s, l_t
+        m = torch.stack([state.m for state in states]).amax(0)
+        parts = zip(*(_lowered(state, m) for state in states), strict=True)
+        return cls(m, *(torch.stack(part).sum(0) for part in parts))
 
 
-def _lowered(state: State, m_s: Tensor, m_t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """l_s, l_t and a relative to pivots that are not below the state's."""
-    fall_s, fall_t = state.m_s - m_s, state.m_t - m_t
-    shrink = fall_t.exp2()
-    a = torch.addcmul(state.a, state.l_t, fall_t - fall_s).mul_(shrink)
-    return state.l_s * fall_s.exp2(), state.l_t * shrink, a
+def _lowered(state: State, m: Tensor) -> tuple[Tensor, Tensor]:
+    """total and a relative to pivots that are not below the state's."""
+    fall = state.m - m
+    shrink = _exp2(fall)
+    return state.total * shrink, torch.addcmul(state.a, state.total[1], fall[1] - fall[0]).mul_(shrink[1])
+
+
+def _exp2(x: Tensor) -> Tensor:
+    """2^x of student and of teacher [2, ...], each by itself: what is equal has to stay so, and on a CPU the last
+    elements of a tensor are computed in another way than those before them."""
+    found = torch.empty_like(x)
+    for part, out in zip(x, found, strict=True):
+        torch.exp2(part, out=out)
+    return found
 
 
 def working(x: Tensor) -> torch.dtype:
@@ -136,30 +128,46 @@ def own_logits(q: Tensor, k: Tensor, scale: float, ids: Tensor | None) -> Tensor
     return found if ids is None else torch.where((ids >= 0)[:, None], found, 0.0)
 
 
-def forward(visit: Visit, scale: float, pivots: tuple[Tensor, Tensor]) -> State:
+def forward(visit: Visit, scale: float, pivots: Tensor) -> State:
     """What the rows see of the keys; the pivots are not needed here, a running maximum is kept."""
-    low = torch.full_like(pivots[0], _MASKED)
-    zero = torch.zeros_like(low)
-    total = State(low, low.clone(), zero, zero.clone(), zero.clone())
+    found = State(torch.full_like(pivots, _MASKED), torch.zeros_like(pivots), torch.zeros_like(pivots[0]))
     for part in _row_parts(visit):
-        s, t, visible = _logits(visit, part, scale)
+        logits, visible = _logits(visit, part, scale)
         if visible is not None:
-            s, t = s.masked_fill(~visible, _MASKED), t.masked_fill(~visible, _MASKED)
-        m_s, m_t = s.amax(-1), t.amax(-1)
-        s, t = s - m_s[..., None], t - m_t[..., None]
-        p_t = t.exp2()
-        found = m_s, m_t, s.exp2().sum(-1), p_t.sum(-1), (p_t * (t - s)).sum(-1)
-        for target, value in zip((total.m_s, total.m_t, total.l_s, total.l_t, total.a), found, strict=True):
-            target[:, :, part] = value
-    return total
+            logits.masked_fill_(~visible, _MASKED)
+        m = logits.amax(-1)
+        logits -= m[..., None]
+        p = _exp2(logits)
+        found.m[..., part], found.total[..., part] = m, p.sum(-1)
+        found.a[..., part] = (p[1] * (logits[1] - logits[0])).sum(-1)
+    return found
 
 
 def add(state: State, other: State) -> None:
     """Put into `state` what the same rows saw in another visit, too."""
-    m_s, m_t = torch.maximum(state.m_s, other.m_s), torch.maximum(state.m_t, other.m_t)
-    mine, theirs = _lowered(state, m_s, m_t), _lowered(other, m_s, m_t)
-    state.m_s, state.m_t = m_s, m_t
-    state.l_s, state.l_t, state.a = (x.add_(y) for x, y in zip(mine, theirs, strict=True))
+    m = torch.maximum(state.m, other.m)
+    (mine, mine_a), (theirs, theirs_a) = _lowered(state, m), _lowered(other, m)
+    state.m, state.total, state.a = m, mine.add_(theirs), mine_a.add_(theirs_a)
+
+
+def conclude(state: State, ids: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """What rows give that have seen all of their keys; `state` is used up.
+
+    Args:
+        state: of the rows.
+        ids: [B, R] or None.
+
+    Returns:
+        The divergence of each row in nats, [B, H, R], 0 for padding; and m and total for backward: 2^(S - m) / total is
+        the probability, and total is above 0, also for padding.
+    """
+    m, total = state.m, state.total
+    values = (state.a / total[1] - (total[1].log2() - total[0].log2())) * _LN2
+    if ids is not None:
+        values = torch.where((ids >= 0)[:, None], values, 0.0)
+    large = total > LARGE
+    m = torch.where(large, m + total.log2(), m)
+    return values, (m, torch.where(large | (total == 0), 1.0, total))
 
 
 def prepare(row_grad: Tensor, dtype: torch.dtype, scale: float, group: Any) -> tuple[Tensor, Tensor | None]:
@@ -201,7 +209,7 @@ def backward(
     Args:
         visit: what to visit.
         scale: softmax_scale.
-        statistics: m_s, m_t, l_s, l_t of the rows over all of their keys (`State.statistics`).
+        statistics: m and total of the rows over all of their keys (`conclude`).
         row_grad: from `prepare`.
         q_grad: of `gradient_shape`, contiguous but for the first dimension, in the type `working` for the inputs'.
         k_grad: as q_grad; the same memory for the chunk with itself in a self-relation.
@@ -210,9 +218,10 @@ def backward(
     if visit.key_ids is not None:
         keys = torch.where((visit.key_ids >= 0)[:, None, :, None], keys, 0.0)
     for part in _row_parts(visit):
-        s, t, visible = _logits(visit, part, scale)
-        m_s, m_t, l_s, l_t = (x[:, :, part, None] for x in statistics)
-        w = ((s - m_s).exp2() / l_s - (t - m_t).exp2() / l_t) * row_grad[:, :, part, None]
+        logits, visible = _logits(visit, part, scale)
+        m, total = (x[..., part, None] for x in statistics)
+        p_s, p_t = _exp2(logits - m) / total
+        w = (p_s - p_t) * row_grad[:, :, part, None]
         x = visit.q_s[:, :, part].to(q_grad.dtype)
         if visible is not None:
             w = w.masked_fill(~visible, 0.0)
@@ -224,14 +233,21 @@ def backward(
         k_grad += shared.mT @ x.reshape(batch, keys.shape[1], -1, x.shape[3])
 
 
-def _logits(visit: Visit, part: slice, scale: float) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Student's and teacher's logits [B, H, rows, N], times log2 e, and which are visible, or None for all."""
-
-    def product(q: Tensor, k: Tensor) -> Tensor:
-        q = q[:, :, part].to(working(q)) * (scale * _LOG2_E)
-        batch, heads, rows, dim = q.shape
-        return (q.reshape(batch, k.shape[1], -1, dim) @ k.to(q.dtype).mT).view(batch, heads, rows, -1)
-
+def _logits(visit: Visit, part: slice, scale: float) -> tuple[Tensor, Tensor | None]:
+    """Logits [2, B, H, rows, N] of student and teacher, times log2 e, and which are visible, or None for all."""
+    count, (batch, key_heads, keys, _) = visit.q_s[:, :, part].shape[2], visit.k_s.shape
+    found = torch.empty(
+        2,
+        batch,
+        key_heads,
+        visit.q_s.shape[1] // key_heads * count,
+        keys,
+        dtype=working(visit.q_s),
+        device=visit.q_s.device,
+    )
+    for q, k, out in zip((visit.q_s, visit.q_t), (visit.k_s, visit.k_t), found, strict=True):
+        rows = q[:, :, part].to(out.dtype) * (scale * _LOG2_E)
+        torch.matmul(rows.reshape(*out.shape[:3], -1), k.to(out.dtype).mT, out=out)
     visible = None
     if visit.key_ids is not None and visit.row_ids is not None:
         same = visit.row_ids[:, part, None] == visit.key_ids[:, None]
@@ -240,7 +256,7 @@ def _logits(visit: Visit, part: slice, scale: float) -> tuple[Tensor, Tensor, Te
         index = torch.arange(visit.k_s.shape[2], device=visit.k_s.device)
         causal = (index <= index[part, None])[None, None]
         visible = causal if visible is None else visible & causal
-    return product(visit.q_s, visit.k_s), product(visit.q_t, visit.k_t), visible
+    return found.view(2, batch, -1, count, keys), visible
 
 
 def _row_parts(visit: Visit) -> list[slice]:

@@ -19,7 +19,7 @@ from .launch import launch
 from .segment_kernels import starts_and_bounds, tile_bounds
 from .tiles import HOPPER_ROWS, Pipeline
 from .torch_backend import Operands
-from .torch_visit import State, Visit
+from .torch_visit import LARGE, State, Visit
 from .triton_backend import (
     BOOST,
     LOG2_E,
@@ -32,7 +32,7 @@ from .triton_backend import (
     unit_of,
 )
 from .triton_kernels import backward_kernel, forward_again_kernel, forward_kernel
-from .visit_kernels import add_kernel, own_logits_kernel
+from .visit_kernels import add_kernel, conclude_kernel, own_logits_kernel
 
 _PIVOTS = 64  # tokens a program
 _SUMS = 1024
@@ -90,36 +90,51 @@ def own_logits(q: Tensor, k: Tensor, scale: float, ids: Tensor | None) -> Tensor
 def add(state: State, other: State) -> None:
     """As `torch_visit.add`, in place."""
     count = state.a.numel()
-    tensors = (getattr(x, name) for x in (state, other) for name in ("m_s", "m_t", "l_s", "l_t", "a"))
+    tensors = state.m, state.total, state.a, other.m, other.total, other.a
     with on_device_of(state.a):
         options: dict[str, Any] = {"BLOCK": _SUMS, "num_warps": 4, "enable_fp_fusion": False}
         launch(add_kernel, -(-count // _SUMS), *tensors, count, **options)
 
 
-def forward(visit: Visit, scale: float, pivots: tuple[Tensor, Tensor]) -> State:
+def conclude(state: State, ids: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """As `torch_visit.conclude`, in place."""
+    m, total, a = state.m, state.total, state.a
+    rows = a.shape[2]
+    with on_device_of(a):
+        launch(
+            conclude_kernel,
+            -(-a.numel() // _SUMS),
+            *(m, total, a, a if ids is None else ids.contiguous(), a.numel(), a.shape[1] * rows, rows, LARGE),
+            **{"SEGMENTS": ids is not None, "BLOCK": _SUMS, "num_warps": 4, "enable_fp_fusion": False},
+        )
+    return a, (m, total)
+
+
+def forward(visit: Visit, scale: float, pivots: Tensor) -> State:
     """What the rows see of the keys.
 
     Args:
         visit: tensors of the types that the Triton backend takes.
         scale: softmax_scale.
-        pivots: float32 [B, H, R] of student and teacher, the logit with the own key in units of log 2
+        pivots: float32 [2, B, H, R] of student and teacher, the logit with the own key in units of log 2
             (`torch_visit.own_logits`). What overflows relative to them is done again with a running maximum.
     """
     q, places = visit.q_s, places_of(visit)
     pipeline = _pipeline(visit.q_s)
-    l_s, l_t, a = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(3))
+    # Where a row tile is done again it gets pivots of its own.
+    sums = torch.empty(5, *q.shape[:3], dtype=torch.float32, device=q.device)
+    sums[:2] = pivots
+    m_s, m_t, l_s, l_t, a = sums.unbind()
+    state = State(sums[:2], sums[2:4], a)
     if pipeline is None:
-        m_s, m_t = torch.empty_like(l_s), torch.empty_like(l_s)
         tile = tiles_of(q).forward
         segments = places.bounds(tile.block_m, tile.block_n)
         programs = -(-q.shape[2] // tile.block_m) * q.shape[0] * q.shape[1]
         _launch(forward_kernel, programs, visit, places, scale, segments, tile, (a, m_s, m_t, l_s, l_t), ())
-        return State(m_s, m_t, l_s, l_t, a)
+        return state
 
     from . import hopper_backend
 
-    # Where a row tile is done again it gets pivots of its own.
-    m_s, m_t = pivots[0].clone(), pivots[1].clone()
     segments = places.starts_and_bounds(HOPPER_ROWS, pipeline.block_n)
     rows = None if segments is None else segments[1:]
     with on_device_of(q):
@@ -131,7 +146,7 @@ def forward(visit: Visit, scale: float, pivots: tuple[Tensor, Tensor]) -> State:
     count = flags.numel() // 2
     outputs = flags, a, m_s, m_t, l_s, l_t
     _launch(forward_again_kernel, min(count, PROGRAMS_AGAIN), visit, places, scale, segments, tile, outputs, (count,))
-    return State(m_s, m_t, l_s, l_t, a)
+    return state
 
 
 def prepare(row_grad: Tensor, dtype: torch.dtype, scale: float, group: Any) -> tuple[Tensor, Tensor | None]:
@@ -176,7 +191,7 @@ def backward(
     The Hopper kernels add to them in no fixed order.
     """
     places = places_of(visit)
-    statistics = tuple(x.contiguous() for x in statistics)
+    m_s, m_t, l_s, l_t = (each for x in statistics for each in x.contiguous())
     pipeline = _pipeline(visit.q_s)
     if pipeline is not None:
         from . import hopper_backend
@@ -184,14 +199,13 @@ def backward(
         segments = places.starts_and_bounds(HOPPER_ROWS, pipeline.block_n)
         with on_device_of(visit.q_s):
             hopper_backend.backward_visit(
-                _fetchable(visit), places, scale, pipeline, segments, statistics, row_grad, q_grad, k_grad
+                _fetchable(visit), places, scale, pipeline, segments, (m_s, m_t, l_s, l_t), row_grad, q_grad, k_grad
             )
         return
     q, k = visit.q_s, visit.k_s
     narrow = q.dtype == torch.float16
     if narrow:  # the general kernels multiply by it themselves
         row_grad = row_grad / BOOST
-    m_s, m_t, l_s, l_t = statistics
     tile = tiles_of(q).backward
     segments = places.bounds(tile.block_m, tile.block_n)
     of_rows = m_s, m_t, l_s.reciprocal(), l_t.reciprocal(), row_grad, row_grad

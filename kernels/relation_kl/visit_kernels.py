@@ -1,4 +1,4 @@
-"""The small kernels beside visits: pivots to begin with, and the sum of what rows saw in two visits."""
+"""The small kernels beside visits: pivots to begin with, the sum of what rows saw in two visits, and what it gives."""
 
 # pyright: reportIndexIssue=false, reportOperatorIssue=false, reportCallIssue=false
 
@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+_LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit(do_not_specialize=["heads", "group", "seq_len"])
@@ -32,26 +34,46 @@ def own_logits_kernel(
 
 
 @triton.jit(do_not_specialize=["count"])
-def add_kernel(
-    m_s, m_t, l_s, l_t, a, other_m_s, other_m_t, other_l_s, other_l_t, other_a, count, BLOCK: tl.constexpr
-):  # fmt: skip
+def add_kernel(m, total, a, other_m, other_total, other_a, count, BLOCK: tl.constexpr):
     """`torch_visit.add`, in place, of `count` rows; all contiguous."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = rows < count
-    mine_s = tl.load(m_s + rows, mask=inside, other=0.0)
-    mine_t = tl.load(m_t + rows, mask=inside, other=0.0)
-    theirs_s = tl.load(other_m_s + rows, mask=inside, other=0.0)
-    theirs_t = tl.load(other_m_t + rows, mask=inside, other=0.0)
+    rows_t = rows + count  # of the teacher
+    mine_s = tl.load(m + rows, mask=inside, other=0.0)
+    mine_t = tl.load(m + rows_t, mask=inside, other=0.0)
+    theirs_s = tl.load(other_m + rows, mask=inside, other=0.0)
+    theirs_t = tl.load(other_m + rows_t, mask=inside, other=0.0)
     pivot_s, pivot_t = tl.maximum(mine_s, theirs_s), tl.maximum(mine_t, theirs_t)
-    tl.store(m_s + rows, pivot_s, mask=inside)
-    tl.store(m_t + rows, pivot_t, mask=inside)
+    tl.store(m + rows, pivot_s, mask=inside)
+    tl.store(m + rows_t, pivot_t, mask=inside)
     mine_s, mine_t, theirs_s, theirs_t = mine_s - pivot_s, mine_t - pivot_t, theirs_s - pivot_s, theirs_t - pivot_t
-    sum_s = tl.load(l_s + rows, mask=inside, other=0.0) * tl.exp2(mine_s)
-    sum_s += tl.load(other_l_s + rows, mask=inside, other=0.0) * tl.exp2(theirs_s)
-    tl.store(l_s + rows, sum_s, mask=inside)
-    x, y = tl.load(l_t + rows, mask=inside, other=0.0), tl.load(other_l_t + rows, mask=inside, other=0.0)
+    sum_s = tl.load(total + rows, mask=inside, other=0.0) * tl.exp2(mine_s)
+    sum_s += tl.load(other_total + rows, mask=inside, other=0.0) * tl.exp2(theirs_s)
+    tl.store(total + rows, sum_s, mask=inside)
+    x, y = tl.load(total + rows_t, mask=inside, other=0.0), tl.load(other_total + rows_t, mask=inside, other=0.0)
     fall, other_fall = tl.exp2(mine_t), tl.exp2(theirs_t)
-    tl.store(l_t + rows, x * fall + y * other_fall, mask=inside)
+    tl.store(total + rows_t, x * fall + y * other_fall, mask=inside)
     found = (tl.load(a + rows, mask=inside, other=0.0) + x * (mine_t - mine_s)) * fall
     found += (tl.load(other_a + rows, mask=inside, other=0.0) + y * (theirs_t - theirs_s)) * other_fall
     tl.store(a + rows, found, mask=inside)
+
+
+@triton.jit(do_not_specialize=["count", "of_batch", "seq_len"])
+def conclude_kernel(
+    m, total, a, ids, count, of_batch, seq_len, large, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """`torch_visit.conclude`, in place, of `count` rows, `of_batch` of each entry of the batch; all contiguous."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = rows < count
+    l_s, l_t = tl.load(total + rows, mask=inside, other=1.0), tl.load(total + count + rows, mask=inside, other=1.0)
+    log_s, log_t = tl.log2(l_s), tl.log2(l_t)
+    value = (tl.load(a + rows, mask=inside, other=0.0) / l_t - (log_t - log_s)) * _LN2
+    if SEGMENTS:
+        names = tl.load(ids + rows // of_batch * seq_len + rows % seq_len, mask=inside, other=-1)
+        value = tl.where(names >= 0, value, 0.0)
+    tl.store(a + rows, value, mask=inside)
+    m_s, m_t = tl.load(m + rows, mask=inside, other=0.0), tl.load(m + count + rows, mask=inside, other=0.0)
+    tl.store(m + rows, tl.where(l_s > large, m_s + log_s, m_s), mask=inside)
+    tl.store(m + count + rows, tl.where(l_t > large, m_t + log_t, m_t), mask=inside)
+    tl.store(total + rows, tl.where((l_s > large) | (l_s == 0), 1.0, l_s), mask=inside)
+    tl.store(total + count + rows, tl.where((l_t > large) | (l_t == 0), 1.0, l_t), mask=inside)

@@ -43,6 +43,9 @@ def test_groups_have_long_visits_and_are_all_of_a_size(
     assert {(q.stop - q.start, k.stop - k.start) for q, k in found} == {each}
     assert [i for q, _ in found for i in range(heads)[q]] == list(range(heads))
     assert [i for _, k in found for i in range(key_heads)[k]] == list(range(key_heads))
+    forward = head_groups(heads, key_heads, batch, rows, forward=True)
+    assert len(forward) == (groups // 2 if groups % 2 == 0 else groups)
+    assert [i for q, _ in forward for i in range(heads)[q]] == list(range(heads))
 
 
 def _pieces(count: int, log: list[str]) -> list[Iterator[None]]:

@@ -133,7 +133,7 @@ class _Spy:
     """`torch_visit`, which counts the pairs of rows and keys that are visited."""
 
     prepare, backward = torch_visit.prepare, torch_visit.backward
-    own_logits = staticmethod(torch_visit.own_logits)
+    own_logits, conclude = staticmethod(torch_visit.own_logits), staticmethod(torch_visit.conclude)
 
     def __init__(self) -> None:
         self.pairs, self.visits = 0.0, 0

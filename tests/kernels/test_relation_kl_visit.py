@@ -64,24 +64,25 @@ def visited(
     row_ids = None if ids is None else ids[:, keys:].contiguous()
     key_ids = None if ids is None else ids[:, :keys].contiguous()
     x_s, x_t, y_s, y_t = part(q_s, True), part(q_t, True), part(k_s, True), part(k_t, True)
-    pivots = visits.own_logits(x_s, y_s, scale, row_ids), visits.own_logits(x_t, y_t, scale, row_ids)
-    state = State.start(*pivots)
+    pivots = torch.stack([visits.own_logits(x, y, scale, row_ids) for x, y in ((x_s, y_s), (x_t, y_t))])
+    state = State.start(pivots)
     both = [
         Visit(x_s, x_t, part(k_s, False), part(k_t, False), row_ids, key_ids, False),
         Visit(x_s, x_t, y_s, y_t, row_ids, row_ids, True),
     ]
     for visit in both:
         visits.add(state, visits.forward(visit, scale, pivots))
+    values, statistics = visits.conclude(state, row_ids)
     g = upstream.to(kind) if row_ids is None else torch.where((row_ids >= 0)[:, None], upstream.to(kind), 0.0)
     gradient, unit = visits.prepare(g, q_s.dtype, scale, None)
     inputs = [x_s, *(visit.k_s for visit in both)]
     grads = [torch.zeros(visits.gradient_shape(x), dtype=kind, device=x.device) for x in inputs]
     for visit, k_grad in zip(both, grads[1:], strict=True):
-        visits.backward(visit, scale, state.statistics(), gradient, grads[0], k_grad)
+        visits.backward(visit, scale, statistics, gradient, grads[0], k_grad)
     results = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
     for grad, result in zip(grads, results, strict=True):
         visits.finish(grad, unit, result)
-    return [state.rows(row_ids), results[0], torch.cat(results[1:], 2)]
+    return [values, results[0], torch.cat(results[1:], 2)]
 
 
 def truth(students: list[Tensor], teachers: list[Tensor], ids: Tensor | None, upstream: Tensor, keys: int, dtype: Any):
