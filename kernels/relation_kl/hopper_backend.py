@@ -14,7 +14,7 @@ from .hopper_backward import backward_kernel
 from .hopper_forward import REGISTERS, forward_kernel
 from .hopper_gradient import finish_kernel
 from .launch import launch
-from .tiles import HOPPER_ROWS, Pipeline, divide_last_wave, forward_grid, grid
+from .tiles import BACKWARD_TOGETHER, FORWARD_TOGETHER, HOPPER_ROWS, Pipeline, divide_last_wave, grid
 from .torch_backend import Operands
 from .torch_visit import Visit
 
@@ -65,7 +65,7 @@ def forward(
     flags = torch.empty(batch, heads, tiles, 2, dtype=torch.int32, device=q.device)
     launch(
         forward_kernel,
-        forward_grid(tiles, batch * heads, multiprocessors(q.device)),
+        grid(tiles, batch * heads, 2 * multiprocessors(q.device), FORWARD_TOGETHER),
         *descriptors(operands, pipeline.forward_n, pipeline.block_d),
         *(of_rows or (flags, flags)),
         kl,
@@ -118,7 +118,7 @@ def backward(
     key_grad = torch.empty(gradient_shape(k, pipeline), dtype=torch.float32, device=k.device)
     grad = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     of_keys = None if operands.self_relation else torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    together = grid(tiles, batch * heads, multiprocessors(q.device))[0]
+    together = grid(tiles, batch * heads, multiprocessors(q.device), BACKWARD_TOGETHER)[0]
     sequences = batch * k.shape[1]
     progress = torch.zeros(2 + sequences, dtype=torch.int32, device=q.device)
     launch(
@@ -209,7 +209,7 @@ def forward_visit(
     flags = torch.empty(batch, heads, tiles, 2, dtype=torch.int32, device=a.device)
     launch(
         forward_kernel,
-        forward_grid(tiles, batch * heads, multiprocessors(a.device)),
+        grid(tiles, batch * heads, 2 * multiprocessors(a.device), FORWARD_TOGETHER),
         *descriptors(Operands(visit.q_s, visit.k_s, visit.q_t, visit.k_t, False), pipeline.forward_n, pipeline.block_d),
         *(of_rows or (flags, flags)),
         a,

@@ -4,9 +4,8 @@ A shard is cut into two chunks, and every rank computes one chunk with few keys 
 alike (with one segment: chunks w and 2 P - 1 - w, as in zigzag sharding). A chunk's rows and keys go to who computes it
 first of all, where they stay, with its statistics. In forward a rank begins with the chunk that is of its own shard, if
 one is, while the other one comes in; then come its two chunks with each other, and after these the keys of the rank
-before it, of the one before that, and so on, a chunk at a time, the next ones on their way meanwhile. With one segment,
-each rank has as much to do with the keys of any other: two visits. Chunks that none of its rows can see are neither
-sent nor computed.
+before it, of the one before that, and so on, the next rank's on their way meanwhile. With one segment, each rank has
+as much to do with the keys of any other: two visits. Chunks that none of its rows can see are neither sent nor visited.
 
 Backward goes the other way round. It begins with the keys that came last, which, where forward and backward are one
 call, are still there, and ends with the rank's own chunk: what it has computed for others goes back meanwhile, in
@@ -18,13 +17,13 @@ groups in the place of those of all heads. Two groups take turns (`take_turns`),
 passes while the other's visits are computed. To issue whole groups one after the other would not do: exchanges are
 executed in the order in which they are issued, so that a group's first would come after its predecessor's last, and but
 for its own keys it would run alone. A group gives way where it is to wait for rows of others, and at its end, where all
-ranks have computed about as much; in between, where some have done more than others, it does not, for who comes first
-to an exchange waits, and holds multiprocessors meanwhile.
+ranks have computed about as much; in between it does not, for who comes first to an exchange waits, and holds
+multiprocessors meanwhile.
 
-A rank's own chunks are visited where they lie in the caller's tensors. Only what is sent is copied, for exchanges want
-it contiguous: for each rank anew, and for as long as it is on its way. Of each group a rank holds the chunks of others
-that it computes, three chunks of keys, copies of six chunks at most on their way to others and, in backward, gradients
-of nine chunks at most: memory O(T), T the local length, whatever P is; and no more than two groups of heads at once.
+A rank's own chunks are visited where they lie in the caller's tensors. Only what is sent is copied, student and teacher
+into one message, and kept until it was sent to all who need it. Of each group a rank holds the chunks of others that it
+computes, four chunks of keys at most, a copy of its own on their way to others and, in backward, gradients of seven
+chunks at most: memory O(T), T the local length, whatever P is; and no more than two groups of heads at once.
 """
 
 from __future__ import annotations

@@ -27,6 +27,8 @@ class Tiles:
 
 # Rows a row tile of the Hopper kernels.
 HOPPER_ROWS = 128
+# Sequences of which the Hopper kernels take row tiles together: faster than balance alone explains (README.md).
+FORWARD_TOGETHER, BACKWARD_TOGETHER = 16, 4
 
 
 @dataclass(frozen=True)
@@ -150,52 +152,42 @@ def pick_wide_pipeline(architecture: str, head_dim: int, element_size: int) -> W
 
 
 @lru_cache(maxsize=1024)
-def grid(tiles: int, sequences: int, multiprocessors: int) -> tuple[int, int, int]:
+def grid(tiles: int, sequences: int, programs: int, least: int = 1) -> tuple[int, int, int]:
     """The order of row tiles, of which the last ones of a sequence take longest: a grid, or backward's counter.
 
     The first number runs fastest, and row tiles descend: the longest ones of some sequences together go first, so that
-    few multiprocessors wait for a long one at the end. No more sequences together than that takes, for their keys are
-    to stay in the cache.
+    few programs wait for a long one at the end. No more sequences together than that takes, for their keys are to stay
+    in the cache, but `least` of them in any case, or as many up to that as divide all.
 
     Args:
         tiles: row tiles of a sequence.
         sequences: batch times heads.
-        multiprocessors: of the GPU.
+        programs: that run at a time on the GPU.
+        least: FORWARD_TOGETHER, BACKWARD_TOGETHER.
 
     Returns:
         (sequences together, row tiles, groups of sequences).
     """
     together = 1
-    if tiles * sequences <= 32 * multiprocessors:  # with more, the end matters little
-        most = max(1, 8 * multiprocessors // tiles)
+    if tiles * sequences <= 32 * programs:  # with more, the end matters little
+        most = max(1, 8 * programs // tiles)
         divisors = [count for count in range(1, sequences + 1) if sequences % count == 0 and count <= most]
-        times = {count: _makespan(tiles, sequences, count, multiprocessors) for count in divisors}
+        times = {count: _makespan(tiles, sequences, count, programs) for count in divisors}
         # 1 % faster is not worth another sequence.
         together = min(divisors, key=lambda count: (round(times[count], 2), count))
+    together = max(together, *(count for count in range(1, least + 1) if sequences % count == 0))
     return together, tiles, sequences // together
 
 
-@lru_cache(maxsize=1024)
-def forward_grid(tiles: int, sequences: int, multiprocessors: int) -> tuple[int, int, int]:
-    """As `grid`, for the Hopper forward kernel, of which two programs share a multiprocessor.
-
-    With 16 sequences together where 32 are, it is faster than balance alone explains (README.md); so this many go
-    together, or as many of them as divide all, if `grid` does not ask for more.
-    """
-    together, tiles, _ = grid(tiles, sequences, 2 * multiprocessors)
-    together = max(together, *(count for count in range(1, 17) if sequences % count == 0))
-    return together, tiles, sequences // together
-
-
-def _makespan(tiles: int, sequences: int, together: int, multiprocessors: int) -> float:
-    """How long the row tiles take, over what they would with all multiprocessors busy until the end."""
-    busy = [0] * multiprocessors
+def _makespan(tiles: int, sequences: int, together: int, programs: int) -> float:
+    """How long the row tiles take, over what they would with all programs busy until the end."""
+    busy = [0] * programs
     for _ in range(sequences // together):
         for tile in range(tiles, 0, -1):
             for _ in range(together):
                 # One tile of keys more is what a row tile takes to begin and to end.
                 heapq.heapreplace(busy, busy[0] + tile + 1)
-    return max(busy) / (sum(busy) / multiprocessors)
+    return max(busy) / (sum(busy) / programs)
 
 
 def divide_last_wave(tiles: int, key_tiles: int, multiprocessors: int) -> tuple[int, int]:

@@ -13,7 +13,6 @@ from relation_kl.segment_kernels import ALIKE, GENERAL, MIXED, PADDED, starts_an
 from relation_kl.tiles import (
     HOPPER_ROWS,
     divide_last_wave,
-    forward_grid,
     grid,
     pad_head_dim,
     pick_pipeline,
@@ -297,11 +296,11 @@ def test_the_grid_leaves_few_multiprocessors_alone_at_the_end(tiles: int, sequen
 
 
 @pytest.mark.parametrize(("sequences", "together"), [(1, 1), (32, 16), (96, 16), (40, 10), (14, 14), (45, 15)])
-def test_the_forward_grid_has_many_sequences_together(sequences: int, together: int) -> None:
+def test_the_grid_has_some_sequences_together_in_any_case(sequences: int, together: int) -> None:
     for tiles in (64, 128, 1024):
-        assert forward_grid(tiles, sequences, 132) == (together, tiles, sequences // together)
+        assert grid(tiles, sequences, 264, 16) == (together, tiles, sequences // together)
     # More where balance asks for them
-    assert forward_grid(32, sequences, 132)[0] == max(together, grid(32, sequences, 264)[0])
+    assert grid(32, sequences, 264, 16)[0] == max(together, grid(32, sequences, 264)[0])
 
 
 @pytest.mark.parametrize("key_tiles", [1, 3, 8, 128])
