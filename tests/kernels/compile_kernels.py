@@ -89,12 +89,14 @@ def launch(
     student, teacher = (torch.zeros(1, 2, 256, head_dim, dtype=getattr(torch, dtype)) for _ in range(2))
     if visit:
         student, teacher = (x[:, :, 128:] for x in (student, teacher))  # a chunk of a shard
-        of_rows = torch.zeros(1, 2, 128)
+        of_rows = torch.zeros(2, 1, 2, 128)  # of student and teacher
         row_ids = torch.zeros(1, 128, dtype=torch.int64) if segments else None
         both = Visit(student, teacher, student, teacher, row_ids, row_ids, False)
-        triton_visit.forward(both, 1.0, (of_rows, of_rows))
+        state = triton_visit.forward(both, 1.0, of_rows)
+        triton_visit.add(state, state)
+        _, statistics = triton_visit.conclude(state, row_ids)
         gradients = [torch.zeros(triton_visit.gradient_shape(student)) for _ in range(2)]
-        triton_visit.backward(both, 1.0, (of_rows,) * 4, of_rows, *gradients)
+        triton_visit.backward(both, 1.0, statistics, of_rows[0], *gradients)
         triton_visit.finish(gradients[0], None, student)
         return
     operands = Operands(student, student, teacher, teacher, True)
