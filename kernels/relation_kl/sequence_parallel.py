@@ -22,7 +22,7 @@ multiprocessors meanwhile.
 
 A rank's own chunks are visited where they lie in the caller's tensors. Only what is sent is copied, student and teacher
 into one message, and kept until it was sent to all who need it. Of each group a rank holds the chunks of others that it
-computes, four chunks of keys at most, a copy of its own on their way to others and, in backward, gradients of seven
+computes, four chunks of keys at most, a copy of its own on their way to others and, in backward, gradients of eight
 chunks at most: memory O(T), T the local length, whatever P is; and no more than two groups of heads at once.
 """
 
