@@ -35,7 +35,7 @@ import numpy as np
 import relation_kl as rk
 import torch
 import torch.distributed as dist
-from relation_kl import chunk_plan, exchanges, head_group, sequence_parallel, torch_visit
+from relation_kl import chunk_plan, exchanges, torch_visit
 from relation_kl.torch_visit import State
 from torch import Tensor
 
@@ -282,10 +282,7 @@ def _computation_only(made: Pool) -> Iterator[None]:
         found.rotate()
         return found[0]
 
-    with ExitStack() as stack:
-        stack.enter_context(patch.object(exchanges, "start", lambda operations: []))
-        for module in (exchanges, head_group, sequence_parallel):
-            stack.enter_context(patch.object(module, "room", random))
+    with patch.object(exchanges, "start", lambda operations: []), patch.object(exchanges, "room", random):
         yield
 
 

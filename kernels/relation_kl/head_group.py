@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import exchanges
 from .chunk_plan import Plan, head_groups
-from .exchanges import Arrived, Exchanges, Vectors, room
+from .exchanges import Arrived, Exchanges, Vectors
 from .torch_backend import Operands
 from .torch_visit import Visit
 
@@ -37,7 +38,8 @@ class Rows(NamedTuple):
     def room(self, chunk: int) -> Rows:
         """For what comes in of another chunk of this length: its message is what is received."""
         keys = self.keys.room()
-        return Rows(chunk, keys if self.queries is self.keys else self.queries.room(), keys, room(self.numbers))
+        queries = keys if self.queries is self.keys else self.queries.room()
+        return Rows(chunk, queries, keys, exchanges.room(self.numbers))
 
 
 @dataclass

@@ -36,8 +36,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import exchanges
 from .chunk_plan import Plan, make_plan
-from .exchanges import AT_ONCE, Exchanges, Returns, Vectors, room, wait
+from .exchanges import AT_ONCE, Exchanges, Returns, Vectors, wait
 from .head_group import Heads, Job, Rows, by_heads, empty_gradients, halves, of_heads
 from .torch_backend import Operands
 from .torch_visit import State, exactly, working
@@ -90,7 +91,7 @@ class SequenceParallel:
             of_rows = yield from self._forward(job, softmax_scale, keep=False)
             for x, *found in zip(statistics, *(of_rows[each.chunk] for each in job.rows), strict=True):
                 torch.cat(found, 3, out=x[:, :, heads])
-            coming = {c: [room(values[:, heads, plan.span(c)])] for c in plan.own if c not in job.results}
+            coming = {c: [exchanges.room(values[:, heads, plan.span(c)])] for c in plan.own if c not in job.results}
             wait(job.exchanges.results(job.results, coming))
             for chunk in plan.own:
                 values[:, heads, plan.span(chunk)] = (job.results | coming)[chunk][0]
@@ -299,8 +300,8 @@ class SequenceParallel:
         for chunk in (chunk for chunk in plan.own if chunk not in job.results):
             span = plan.span(chunk)
             parts = (x[:, :, span] for x in (operands.student_q, operands.student_k)[: len(every)])
-            coming[chunk] = [room(like, self.visits.gradient_shape(x)) for x in parts]
-            coming[chunk] += [] if values is None else [room(values[:, :, span])]
+            coming[chunk] = [exchanges.room(like, self.visits.gradient_shape(x)) for x in parts]
+            coming[chunk] += [] if values is None else [exchanges.room(values[:, :, span])]
         return job.results | coming, job.exchanges.results(job.results, coming)
 
     def _pivots(self, operands: Operands, scale: float, ids: Tensor | None) -> list[Tensor]:
@@ -329,7 +330,7 @@ class SequenceParallel:
         # A chunk's shape is that of this rank's first or second one.
         foreign = [shard[chunk % 2].room(chunk) for chunk in mine if chunk not in plan.own]
         going = {rows.chunk: rows.message() for rows in shard if rows.chunk not in mine}
-        exchanges = Exchanges(plan, self.group)
-        works = exchanges.rows(going, {rows.chunk: rows.message() for rows in foreign})
+        of_rank = Exchanges(plan, self.group)
+        works = of_rank.rows(going, {rows.chunk: rows.message() for rows in foreign})
         own = [rows for rows in shard if rows.chunk in mine]
-        return Job(exchanges, own, foreign, works, [rows.keys for rows in shard])
+        return Job(of_rank, own, foreign, works, [rows.keys for rows in shard])

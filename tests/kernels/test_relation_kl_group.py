@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from other_order import gradients_in_another_order
-from relation_kl import chunk_plan, exchanges, head_group, sequence_parallel, torch_backend, torch_visit
+from relation_kl import chunk_plan, exchanges, sequence_parallel, torch_backend, torch_visit
 from relation_kl.torch_backend import Operands
 from relation_kl_checks import LAYOUTS, Alive
 from torch import Tensor
@@ -234,19 +235,21 @@ def count_elements() -> None:
     x = torch.randn(1, 2, shard, 64, dtype=torch.bfloat16)
     y, g = x.flip(2), torch.ones(1, 2, shard)
     sizes: list[int] = []
-    room, users = exchanges.room, (exchanges, head_group, sequence_parallel)
+    most: list[int] = []
+    room = exchanges.room
 
     def counted(like: Tensor, shape: Sequence[int] | None = None) -> Tensor:
         found = room(like, shape)
         sizes.append(found.numel())
+        most.append(found.nbytes)
         return found
 
-    for module in users:
-        module.room = counted
+    exchanges.room = counted
     rk.relation_kl_value_and_grad(x, y, g, group=dist.group.WORLD, backend="torch")
-    for module in users:
-        module.room = room
-    assert max(sizes) <= x.numel(), "a buffer is student and teacher of a chunk, half a shard"
+    exchanges.room = room
+    assert max(most) <= x.nbytes, (
+        "a buffer is a chunk, half a shard, of student and teacher or of a gradient in float32"
+    )
     # rows: one of two chunks is another rank's; keys: student and teacher, forward and backward, and their gradients
     assert sum(sizes) <= (2 * 5 + 5 * 2 * (ranks - 1)) * x.numel() // 2, (rank, sum(sizes))
 
@@ -258,7 +261,7 @@ def count_elements() -> None:
     parallel = sequence_parallel.SequenceParallel(dist.group.WORLD, torch_backend, torch_visit)
     operands = Operands(x, x, y, y, True)
 
-    def most(function: Callable[..., Any], *arguments: Any) -> float:
+    def alive_in(function: Callable[..., Any], *arguments: Any) -> float:
         with Alive(chunk // 2, x, y) as alive, alive.but_in(torch_visit, "forward", "backward", "own_logits"):
             found = function(operands, 1.0, None, *arguments)
         returned = x.nbytes if function != parallel.forward else 0
@@ -266,7 +269,8 @@ def count_elements() -> None:
         return (alive.most - returned) / chunk
 
     *_, statistics = parallel.forward(operands, 1.0, None)
-    found = most(parallel.forward), most(parallel.backward, statistics, g), most(parallel.value_and_grad, g)
+    found = [alive_in(parallel.forward), alive_in(parallel.backward, statistics, g)]
+    found.append(alive_in(parallel.value_and_grad, g))
     bounds = (3, 6, 6) if ranks == 2 else (6, 13, 13)
     assert all(a <= b for a, b in zip(found, bounds, strict=True)), found
 
@@ -293,6 +297,18 @@ def test_work_is_balanced(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(c for rows in plan.rows for c in rows) == list(range(2 * ranks))
     work = [sum(sum(plan.sees[r]) - 0.5 for r in rows) for rows in plan.rows]
     assert max(work) <= 1.1 * sum(work) / ranks
+
+
+@pytest.mark.parametrize(("ranks", "blocks"), [(2, 8), (3, 12), (4, 16), (8, 16)])
+def test_nccl_has_blocks_for_each_rank(ranks: int, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In torch's words; a build without NCCL has none."""
+
+    def options(*, is_high_priority_stream: bool) -> SimpleNamespace:
+        return SimpleNamespace(is_high_priority_stream=is_high_priority_stream, config=SimpleNamespace())
+
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(Options=options), raising=False)
+    found: Any = rk.nccl_options(ranks)
+    assert found.is_high_priority_stream and found.config.max_ctas == blocks
 
 
 def test_no_rank_is_missing_from_the_first_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
