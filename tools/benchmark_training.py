@@ -40,7 +40,7 @@ import torch
 import torch.distributed as dist
 from benchmark_cases import MODELS, Case, case_name, cases_of, configure, folder_name, native_config
 from deepspeed.runtime.zero import parameter_offload
-from measuring import Parser, conditions, list_of, positive
+from measuring import Parser, conditions, list_of, positive, whole
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from linearard import cluster, costs, ds_config, logs, metrics, parallel, plan, profiling
@@ -322,7 +322,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--lengths", type=list_of(positive), metavar="N,N", help="tokens of a sequence (32768, or the preset's)")
     add("--micro-batch-sizes", type=list_of(positive), metavar="N,N", help="sequences a rank and step (1)")
     add("--steps", type=positive, default=5, metavar="N", help="that are measured")
-    add("--warmup", type=positive, default=2, metavar="N", help="steps before them, the first of which compiles")
+    add("--warmup", type=whole, default=2, metavar="N", help="steps before them; the very first compiles kernels")
     add("--lora-rank", type=positive, default=1024, metavar="N")
     add("--teacher-tensors", choices=(*plan.TEACHER_TENSORS, "auto"), help="(auto)")
     add("--sequence-parallel-size", type=positive, metavar="P", help="(all ranks; stage1: 1)")

@@ -32,6 +32,10 @@ def positive(text: str) -> int:
     return int(checked(text, text.isdecimal() and int(text) > 0, "give a whole number from 1 on"))
 
 
+def whole(text: str) -> int:
+    return int(checked(text, text.isdecimal(), "give a whole number from 0 on"))
+
+
 def checked(text: str, fits: bool, remedy: str) -> str:
     if not fits:
         raise argparse.ArgumentTypeError(f"{text!r} is not possible; {remedy}")

@@ -192,7 +192,8 @@ def forward_visit(
     pivots: tuple[Tensor, Tensor],
     sums: tuple[Tensor, Tensor, Tensor],
 ) -> Tensor:
-    """What `triton_visit.forward` asks for: writes the sums, and returns flags as `forward` does.
+    """What `triton_visit.forward` asks for: adds to the sums, and returns flags as `forward` does. Where a flag of
+    64 rows is not 0, theirs are as before.
 
     Args:
         visit: with tensors that are `fetchable`.
@@ -260,7 +261,6 @@ def backward_visit(
     if segments is None and not visit.diagonal:
         whole, parts = divide_last_wave(tiles, -(-places.keys_end // pipeline.block_n), multiprocessors(k_grad.device))
     items = whole + (tiles - whole) * parts
-    progress = torch.zeros(2, dtype=torch.int32, device=k_grad.device)
     launch(
         backward_kernel,
         items,  # a piece each: between them the exchanges' kernels find multiprocessors
@@ -272,7 +272,7 @@ def backward_visit(
         _gradient_descriptor(k_grad, pipeline),
         _gradient_descriptor(q_grad, pipeline),
         k_grad,
-        progress,
+        k_grad,
         heads,
         heads // visit.k_s.shape[1],
         1,

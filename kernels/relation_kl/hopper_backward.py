@@ -313,9 +313,10 @@ def backward_kernel(
     progress, int32 [2 + sequences], is 0 at first: how many pieces have been taken; how many tiles of key_sums have
     been taken to be set to 0; and how many of each of the `sequences`, B times key heads, are 0 by now.
 
-    In a visit key_grad is added to, and nothing set to 0: sequences is 0. grad is a descriptor like key_grad, of the
-    rows, to which theirs is added; unit is not looked at. Of the row tiles, in order, those behind the first `whole`
-    are `parts` pieces each, which divide their keys. Pivots, first_row, keys_end, whole and parts are for visits only.
+    In a visit each program does the piece of its own number, and key_grad is added to, and nothing set to 0: progress,
+    most and sequences are not looked at, nor is unit. grad is a descriptor like key_grad, of the rows, to which theirs
+    is added. Of the row tiles, in order, those behind the first `whole` are `parts` pieces each, which divide their
+    keys. Pivots, first_row, keys_end, whole and parts are for visits only.
 
     LLVM, which looks at no more than 32 blocks of code to see whether one leads to another, moves what both warpgroups
     compute first to where the kernel begins once the partitions beside them have more than a few branches. That takes
@@ -372,7 +373,7 @@ def backward_kernel(
                 first_row, keys_end, whole, parts, box, posted, taken, own, own_ready, ring_s, ring_t, ready_s, ready_t,
                 free_s, free_t, N, D, SEGMENTS, VISIT,
             )),
-            (set_to_zero, (key_sums, progress, sequences, own_tiles, seq_len, K, 2)),
+            (set_to_zero, (key_sums, progress, sequences, own_tiles, seq_len, K, VISIT, 2)),
         ],
         [4, 1, 2],
         [240, 24, 24],

@@ -149,7 +149,8 @@ def _forward_rows(
 
     With the own key's logit below it, no sum comes near 0. A logit 2**127 times the pivot's weight would
     overflow one: then the flag is raised, and another kernel does the rows again with a running maximum. So it is where
-    what the rows see is no run of keys (GENERAL). In a visit the pivots are given.
+    what the rows see is no run of keys (GENERAL). In a visit the pivots are given, and sums are added to those that are
+    there, unless the flag is raised.
     """
     lo, lo_full, kind = bounds_of(bounds, SEGMENTS)
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
@@ -232,6 +233,17 @@ def _forward_rows(
         live = inside & (first_keys <= rows)
     if VISIT:
         place = sequence.to(gl.int64) * (seq_len - first_row) + rows - first_row
+        l_s += gl.load(sum_s + place, mask=inside, other=0.0)
+        l_t += gl.load(sum_t + place, mask=inside, other=0.0)
+        a += gl.load(kl + place, mask=inside, other=0.0)
+    # False for NaN too
+    finite = (l_s < 1e38) & (l_t < 1e38) & (gl.abs(a) < 1e38)
+    again = live & (finite == 0)
+    if SEGMENTS:
+        again = again | (inside & (full_and_kind & GENERAL != 0))
+    flag = gl.max(gl.where(again, 1, 0), 0)
+    if VISIT:
+        inside = inside & (flag == 0)
         gl.store(kl + place, a, mask=inside)
         gl.store(sum_s + place, l_s, mask=inside)
         gl.store(sum_t + place, l_t, mask=inside)
@@ -241,12 +253,7 @@ def _forward_rows(
         gl.store(kl + place, gl.where(live, value, 0.0), mask=inside)
         gl.store(sum_s + place, gl.where(live, _relative_sum(l_s, m_s - own_logit_s), 1.0), mask=inside)
         gl.store(sum_t + place, gl.where(live, _relative_sum(l_t, m_t - own_logit_t), 1.0), mask=inside)
-    # False for NaN too
-    finite = (l_s < 1e38) & (l_t < 1e38) & (gl.abs(a) < 1e38)
-    again = live & (finite == 0)
-    if SEGMENTS:
-        again = again | (inside & (full_and_kind & GENERAL != 0))
-    gl.store(flags + HALF, gl.max(gl.where(again, 1, 0), 0))
+    gl.store(flags + HALF, flag)
 
 
 @gluon.jit(do_not_specialize=["heads", "group", "seq_len", "first_row", "keys_end"])

@@ -143,8 +143,10 @@ def wait_zeroed(zeroed, tiles):
 
 
 @gluon.jit
-def set_to_zero(sums, progress, sequences, own_tiles, tokens, K: gl.constexpr, WARPS: gl.constexpr):
-    """Set gradients to 0 beside those who compute, in the order in which the row tiles come by.
+def set_to_zero(
+    sums, progress, sequences, own_tiles, tokens, K: gl.constexpr, VISIT: gl.constexpr, WARPS: gl.constexpr
+):  # fmt: skip
+    """Set gradients to 0 beside those who compute, in the order in which the row tiles come by; in a visit, nothing.
 
     Each program's warps take tiles of 128 tokens by tickets until there are none left; they wait for nobody.
 
@@ -155,23 +157,24 @@ def set_to_zero(sums, progress, sequences, own_tiles, tokens, K: gl.constexpr, W
         own_tiles: tiles of a sequence.
         tokens: of a sequence.
     """
-    LAYOUT: gl.constexpr = gl.BlockedLayout([4], [32], [WARPS], [0])
-    AT_ONCE: gl.constexpr = 128 * WARPS
-    numbers = gl.arange(0, AT_ONCE, LAYOUT)
-    blocks = gl.cdiv(tokens, 64)
-    ticket = gl.atomic_add(progress + 1, 1, sem="relaxed")
-    # Not compared with the product of both: it would be kept in a register for the whole kernel.
-    while ticket // own_tiles < sequences:
-        sequence = ticket // own_tiles
-        block = ticket % own_tiles * 2
-        place = sums + (sequence * blocks + block).to(gl.int64) * 64 * K + numbers
-        for i in gl.static_range(128 * K // AT_ONCE):
-            # The last tile may be of 64 tokens.
-            inside = (block + i * AT_ONCE // (64 * K) < blocks) & (numbers >= 0)
-            gl.store(place + i * AT_ONCE, gl.zeros([AT_ONCE], gl.float32, LAYOUT), mask=inside)
-        barrier()
-        gl.atomic_add(progress + (2 + sequence), 1, sem="release")
+    if not VISIT:
+        LAYOUT: gl.constexpr = gl.BlockedLayout([4], [32], [WARPS], [0])
+        AT_ONCE: gl.constexpr = 128 * WARPS
+        numbers = gl.arange(0, AT_ONCE, LAYOUT)
+        blocks = gl.cdiv(tokens, 64)
         ticket = gl.atomic_add(progress + 1, 1, sem="relaxed")
+        # Not compared with the product of both: it would be kept in a register for the whole kernel.
+        while ticket // own_tiles < sequences:
+            sequence = ticket // own_tiles
+            block = ticket % own_tiles * 2
+            place = sums + (sequence * blocks + block).to(gl.int64) * 64 * K + numbers
+            for i in gl.static_range(128 * K // AT_ONCE):
+                # The last tile may be of 64 tokens.
+                inside = (block + i * AT_ONCE // (64 * K) < blocks) & (numbers >= 0)
+                gl.store(place + i * AT_ONCE, gl.zeros([AT_ONCE], gl.float32, LAYOUT), mask=inside)
+            barrier()
+            gl.atomic_add(progress + (2 + sequence), 1, sem="release")
+            ticket = gl.atomic_add(progress + 1, 1, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["heads", "tokens"])

@@ -52,7 +52,8 @@ class RowShare:
         seen: dict[int, list[State]] = {chunk: [] for chunk in self.own}
         for pairs, visit in self._visits(chunks):
             pivots = [self.visits.own_logits(x, x, softmax_scale, visit.row_ids) for x in (visit.q_s, visit.q_t)]
-            state = self.visits.forward(visit, softmax_scale, torch.stack(pivots))
+            state = State.start(torch.stack(pivots))
+            self.visits.forward(visit, softmax_scale, state)
             parts = [x.chunk(len(pairs), -3) for x in (state.m, state.total, state.a)]
             for (chunk, _), *part in zip(pairs, *parts, strict=True):
                 seen[chunk].append(State(*part))

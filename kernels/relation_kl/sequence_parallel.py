@@ -156,21 +156,18 @@ class SequenceParallel:
         With `keep` the last keys are in job.held afterwards.
         """
         steps = job.plan.steps
-        states: dict[int, State] = {}
+        states = {each.chunk: State.start(each.numbers[:2]) for each in job.own}
 
         def visit_all(keys: Vectors, chunk: int, rows: Sequence[Rows]) -> None:
             for each, visit in job.visits(keys, chunk, rows):
-                found = self.visits.forward(visit, scale, each.numbers[:2])
-                if each.chunk in states:
-                    self.visits.add(states[each.chunk], found)
-                else:
-                    states[each.chunk] = found
+                self.visits.forward(visit, scale, states[each.chunk])
 
         for each in job.own:
             visit_all(each.keys, each.chunk, job.own)
         yield
         wait(job.works)
         stream = job.exchanges.keys(steps, job.keys, job.like, {})
+        states |= {each.chunk: State.start(each.numbers[:2]) for each in job.foreign}
         for each in job.rows:
             visit_all(each.keys, each.chunk, job.foreign if each.chunk in job.plan.own else job.rows)
         for step, arrived in stream:
@@ -182,8 +179,7 @@ class SequenceParallel:
                 del keys
         statistics = {}
         for each in job.rows:
-            state = states.pop(each.chunk, None) or State.start(each.numbers[:2])  # of padding
-            values, statistics[each.chunk] = self.visits.conclude(state, each.keys.ids)
+            values, statistics[each.chunk] = self.visits.conclude(states.pop(each.chunk), each.keys.ids)
             job.results[each.chunk] = [values]
         return statistics
 

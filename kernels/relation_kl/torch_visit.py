@@ -61,8 +61,9 @@ class State:
     @classmethod
     def start(cls, pivots: Tensor) -> State:
         """Of rows that have seen nothing yet; pivots like m."""
-        m = pivots.clone(memory_format=torch.contiguous_format)
-        return cls(m, torch.zeros_like(m), torch.zeros_like(m[0]))
+        sums = torch.zeros(5, *pivots.shape[1:], dtype=pivots.dtype, device=pivots.device)
+        sums[:2] = pivots
+        return cls(sums[:2], sums[2:4], sums[4])
 
     @classmethod
     def joined(cls, states: Sequence[State]) -> State:
@@ -128,26 +129,19 @@ def own_logits(q: Tensor, k: Tensor, scale: float, ids: Tensor | None) -> Tensor
     return found if ids is None else torch.where((ids >= 0)[:, None], found, 0.0)
 
 
-def forward(visit: Visit, scale: float, pivots: Tensor) -> State:
-    """What the rows see of the keys; the pivots are not needed here, a running maximum is kept."""
-    found = State(torch.full_like(pivots, _MASKED), torch.zeros_like(pivots), torch.zeros_like(pivots[0]))
+def forward(visit: Visit, scale: float, state: State) -> None:
+    """Adds what the rows see of the keys to their state, whose pivots rise to the largest logit."""
     for part in _row_parts(visit):
         logits, visible = _logits(visit, part, scale)
         if visible is not None:
             logits.masked_fill_(~visible, _MASKED)
-        m = logits.amax(-1)
+        before = State(state.m[..., part], state.total[..., part], state.a[..., part])
+        m = torch.maximum(before.m, logits.amax(-1))
+        total, a = _lowered(before, m)
         logits -= m[..., None]
         p = _exp2(logits)
-        found.m[..., part], found.total[..., part] = m, p.sum(-1)
-        found.a[..., part] = (p[1] * (logits[1] - logits[0])).sum(-1)
-    return found
-
-
-def add(state: State, other: State) -> None:
-    """Put into `state` what the same rows saw in another visit, too."""
-    m = torch.maximum(state.m, other.m)
-    (mine, mine_a), (theirs, theirs_a) = _lowered(state, m), _lowered(other, m)
-    state.m, state.total, state.a = m, mine.add_(theirs), mine_a.add_(theirs_a)
+        state.m[..., part], state.total[..., part] = m, total + p.sum(-1)
+        state.a[..., part] = a + (p[1] * (logits[1] - logits[0])).sum(-1)
 
 
 def conclude(state: State, ids: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:

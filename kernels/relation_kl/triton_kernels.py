@@ -73,7 +73,7 @@ def relative_sum(total, excess):
 def _forward_tile(
     sequence, tile,
     q_s, k_s, q_t, k_t, q_s_strides, k_s_strides, q_t_strides, k_t_strides, segments, bounds, kl,
-    max_s, max_t, sum_s, sum_t, heads, group, seq_len, first_row, keys_end, log2_scale,
+    max_s, max_t, sum_s, sum_t, flags, heads, group, seq_len, first_row, keys_end, log2_scale,
     AGAIN: tl.constexpr, VISIT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SEGMENTS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -82,7 +82,8 @@ def _forward_tile(
 
     Running sums, with Z = S - m and m the running maximum: l = sum e^Z of student and of teacher, and
     a = sum e^Z_t (Z_t - Z_s);  KL = a / l_t - log l_t + log l_s. The maxima themselves, which may be large
-    where the divergence is tiny, never enter a sum.
+    where the divergence is tiny, never enter a sum. A visit goes on where the last one of these rows ended; with AGAIN
+    only those rows of it are written whose half of the tile has an entry other than 0 in flags [2].
     """
     tiles = tl.cdiv(seq_len, BLOCK_M)
     batch, head = sequence // heads, sequence % heads
@@ -103,11 +104,20 @@ def _forward_tile(
     x_s = _load_tokens(q_s, rows - first_row, live, q_s_strides, HEAD_DIM, BLOCK_D, DOT)
     x_t = _load_tokens(q_t, rows - first_row, live, q_t_strides, HEAD_DIM, BLOCK_D, DOT)
 
-    m_s = tl.full([BLOCK_M], _MASKED, tl.float32)
-    m_t = tl.full([BLOCK_M], _MASKED, tl.float32)
-    l_s = tl.zeros([BLOCK_M], tl.float32)
-    l_t = tl.zeros([BLOCK_M], tl.float32)
-    a = tl.zeros([BLOCK_M], tl.float32)
+    place = sequence * (seq_len - first_row) + rows - first_row
+    inside = rows < seq_len
+    if VISIT:
+        m_s = tl.load(max_s + place, mask=inside, other=0.0)
+        m_t = tl.load(max_t + place, mask=inside, other=0.0)
+        l_s = tl.load(sum_s + place, mask=inside, other=0.0)
+        l_t = tl.load(sum_t + place, mask=inside, other=0.0)
+        a = tl.load(kl + place, mask=inside, other=0.0)
+    else:
+        m_s = tl.full([BLOCK_M], _MASKED, tl.float32)
+        m_t = tl.full([BLOCK_M], _MASKED, tl.float32)
+        l_s = tl.zeros([BLOCK_M], tl.float32)
+        l_t = tl.zeros([BLOCK_M], tl.float32)
+        a = tl.zeros([BLOCK_M], tl.float32)
     own_s = tl.zeros([BLOCK_M], tl.float32)
     own_t = tl.zeros([BLOCK_M], tl.float32)
     for part in tl.static_range(0 if SEGMENTS else 1, 3):
@@ -146,9 +156,9 @@ def _forward_tile(
             l_s = l_s * tl.exp2(fall_s) + tl.sum(tl.exp2(s), 1)
             l_t = l_t * shrink_t + tl.sum(p_t, 1)
 
-    place = sequence * (seq_len - first_row) + rows - first_row
-    inside = rows < seq_len
     if VISIT:
+        if AGAIN:
+            inside &= tl.load(flags + tl.arange(0, BLOCK_M) // (BLOCK_M // 2)) != 0
         tl.store(kl + place, a, mask=inside)
         tl.store(max_s + place, m_s, mask=inside)
         tl.store(max_t + place, m_t, mask=inside)
@@ -177,7 +187,7 @@ def forward_kernel(
 ):  # fmt: skip
     """One program a row tile. Rows of the divergence [B, H, T], maxima of the logits and 1 / sums of the exponentials.
 
-    In a visit a in the rows' place, the maxima, and the sums themselves (`torch_visit.State`).
+    In a visit the rows' `torch_visit.State` goes in and out: a in the rows' place, the maxima, and the sums themselves.
     """
     tiles = tl.cdiv(seq_len, BLOCK_M)
     own_tiles = tiles - first_row // BLOCK_M
@@ -185,7 +195,7 @@ def forward_kernel(
     _forward_tile(
         (tl.program_id(0) // own_tiles).to(tl.int64), tiles - 1 - tl.program_id(0) % own_tiles,
         q_s, k_s, q_t, k_t, q_s_strides, k_s_strides, q_t_strides, k_t_strides, segments, bounds, kl,
-        max_s, max_t, sum_s, sum_t, heads, group, seq_len, first_row, keys_end, log2_scale, False, VISIT,
+        max_s, max_t, sum_s, sum_t, kl, heads, group, seq_len, first_row, keys_end, log2_scale, False, VISIT,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, SEGMENTS, DOT, PRECISION,
     )  # fmt: skip
 
@@ -199,7 +209,8 @@ def forward_again_kernel(
 ):  # fmt: skip
     """Those of `count` row tiles with an entry other than 0 in flags [B, H, tiles, 2], as a rule none.
 
-    What the others have in kl and the two sums (in a visit: and the two maxima) stays as the Hopper kernel left it.
+    What the others have in kl and the two sums (in a visit: and the two maxima) stays as the Hopper kernel left it. In
+    a visit that is the state before it for those rows whose half of the tile has such an entry.
     """
     tiles = tl.cdiv(seq_len, BLOCK_M)
     own_tiles = tiles - first_row // BLOCK_M
@@ -215,8 +226,8 @@ def forward_again_kernel(
                     _forward_tile(
                         (index // own_tiles).to(tl.int64), tiles - own_tiles + index % own_tiles,
                         q_s, k_s, q_t, k_t, q_s_strides, k_s_strides, q_t_strides, k_t_strides, segments, bounds, kl,
-                        max_s, max_t, sum_s, sum_t, heads, group, seq_len, first_row, keys_end, log2_scale, True, VISIT,
-                        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, SEGMENTS, DOT, PRECISION,
+                        max_s, max_t, sum_s, sum_t, flags + index * 2, heads, group, seq_len, first_row, keys_end,
+                        log2_scale, True, VISIT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, SEGMENTS, DOT, PRECISION,
                     )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ from .triton_backend import (
     unit_of,
 )
 from .triton_kernels import backward_kernel, forward_again_kernel, forward_kernel
-from .visit_kernels import add_kernel, conclude_kernel, own_logits_kernel
+from .visit_kernels import conclude_kernel, own_logits_kernel
 
 _PIVOTS = 64  # tokens a program
 _SUMS = 1024
@@ -87,15 +87,6 @@ def own_logits(q: Tensor, k: Tensor, scale: float, ids: Tensor | None) -> Tensor
     return out
 
 
-def add(state: State, other: State) -> None:
-    """As `torch_visit.add`, in place."""
-    count = state.a.numel()
-    tensors = state.m, state.total, state.a, other.m, other.total, other.a
-    with on_device_of(state.a):
-        options: dict[str, Any] = {"BLOCK": _SUMS, "num_warps": 4, "enable_fp_fusion": False}
-        launch(add_kernel, -(-count // _SUMS), *tensors, count, **options)
-
-
 def conclude(state: State, ids: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """As `torch_visit.conclude`, in place."""
     m, total, a = state.m, state.total, state.a
@@ -110,28 +101,24 @@ def conclude(state: State, ids: Tensor | None) -> tuple[Tensor, tuple[Tensor, Te
     return a, (m, total)
 
 
-def forward(visit: Visit, scale: float, pivots: Tensor) -> State:
-    """What the rows see of the keys.
+def forward(visit: Visit, scale: float, state: State) -> None:
+    """Adds what the rows see of the keys to their state.
 
     Args:
         visit: tensors of the types that the Triton backend takes.
         scale: softmax_scale.
-        pivots: float32 [2, B, H, R] of student and teacher, the logit with the own key in units of log 2
-            (`torch_visit.own_logits`). What overflows relative to them is done again with a running maximum.
+        state: of the rows, contiguous, with `own_logits` for pivots to begin with. What overflows relative to them is
+            done again with a running maximum, which is the row's pivot then.
     """
     q, places = visit.q_s, places_of(visit)
     pipeline = _pipeline(visit.q_s)
-    # Where a row tile is done again it gets pivots of its own.
-    sums = torch.empty(5, *q.shape[:3], dtype=torch.float32, device=q.device)
-    sums[:2] = pivots
-    m_s, m_t, l_s, l_t, a = sums.unbind()
-    state = State(sums[:2], sums[2:4], a)
+    (m_s, m_t), (l_s, l_t), a = state.m, state.total, state.a
     if pipeline is None:
         tile = tiles_of(q).forward
         segments = places.bounds(tile.block_m, tile.block_n)
         programs = -(-q.shape[2] // tile.block_m) * q.shape[0] * q.shape[1]
         _launch(forward_kernel, programs, visit, places, scale, segments, tile, (a, m_s, m_t, l_s, l_t), ())
-        return state
+        return
 
     from . import hopper_backend
 
@@ -146,7 +133,6 @@ def forward(visit: Visit, scale: float, pivots: Tensor) -> State:
     count = flags.numel() // 2
     outputs = flags, a, m_s, m_t, l_s, l_t
     _launch(forward_again_kernel, min(count, PROGRAMS_AGAIN), visit, places, scale, segments, tile, outputs, (count,))
-    return state
 
 
 def prepare(row_grad: Tensor, dtype: torch.dtype, scale: float, group: Any) -> tuple[Tensor, Tensor | None]:

@@ -1,4 +1,4 @@
-"""The small kernels beside visits: pivots to begin with, the sum of what rows saw in two visits, and what it gives."""
+"""The small kernels beside visits: pivots to begin with, and what rows give at the end."""
 
 # pyright: reportIndexIssue=false, reportOperatorIssue=false, reportCallIssue=false
 
@@ -31,31 +31,6 @@ def own_logits_kernel(
         names = tl.load(ids + batch * ids_strides[0] + rows * ids_strides[1], mask=rows < seq_len, other=-1)
         found = tl.where(names >= 0, found, 0.0)
     tl.store(out + sequence.to(tl.int64) * seq_len + rows, found, mask=rows < seq_len)
-
-
-@triton.jit(do_not_specialize=["count"])
-def add_kernel(m, total, a, other_m, other_total, other_a, count, BLOCK: tl.constexpr):
-    """`torch_visit.add`, in place, of `count` rows; all contiguous."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = rows < count
-    rows_t = rows + count  # of the teacher
-    mine_s = tl.load(m + rows, mask=inside, other=0.0)
-    mine_t = tl.load(m + rows_t, mask=inside, other=0.0)
-    theirs_s = tl.load(other_m + rows, mask=inside, other=0.0)
-    theirs_t = tl.load(other_m + rows_t, mask=inside, other=0.0)
-    pivot_s, pivot_t = tl.maximum(mine_s, theirs_s), tl.maximum(mine_t, theirs_t)
-    tl.store(m + rows, pivot_s, mask=inside)
-    tl.store(m + rows_t, pivot_t, mask=inside)
-    mine_s, mine_t, theirs_s, theirs_t = mine_s - pivot_s, mine_t - pivot_t, theirs_s - pivot_s, theirs_t - pivot_t
-    sum_s = tl.load(total + rows, mask=inside, other=0.0) * tl.exp2(mine_s)
-    sum_s += tl.load(other_total + rows, mask=inside, other=0.0) * tl.exp2(theirs_s)
-    tl.store(total + rows, sum_s, mask=inside)
-    x, y = tl.load(total + rows_t, mask=inside, other=0.0), tl.load(other_total + rows_t, mask=inside, other=0.0)
-    fall, other_fall = tl.exp2(mine_t), tl.exp2(theirs_t)
-    tl.store(total + rows_t, x * fall + y * other_fall, mask=inside)
-    found = (tl.load(a + rows, mask=inside, other=0.0) + x * (mine_t - mine_s)) * fall
-    found += (tl.load(other_a + rows, mask=inside, other=0.0) + y * (theirs_t - theirs_s)) * other_fall
-    tl.store(a + rows, found, mask=inside)
 
 
 @triton.jit(do_not_specialize=["count", "of_batch", "seq_len"])

@@ -27,7 +27,7 @@ import torch
 import triton
 from relation_kl import triton_backend, triton_visit
 from relation_kl.torch_backend import Operands
-from relation_kl.torch_visit import Visit
+from relation_kl.torch_visit import State, Visit
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -92,8 +92,8 @@ def launch(
         of_rows = torch.zeros(2, 1, 2, 128)  # of student and teacher
         row_ids = torch.zeros(1, 128, dtype=torch.int64) if segments else None
         both = Visit(student, teacher, student, teacher, row_ids, row_ids, False)
-        state = triton_visit.forward(both, 1.0, of_rows)
-        triton_visit.add(state, state)
+        state = State.start(of_rows)
+        triton_visit.forward(both, 1.0, state)
         _, statistics = triton_visit.conclude(state, row_ids)
         gradients = [torch.zeros(triton_visit.gradient_shape(student)) for _ in range(2)]
         triton_visit.backward(both, 1.0, statistics, of_rows[0], *gradients)

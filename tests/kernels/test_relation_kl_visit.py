@@ -71,7 +71,7 @@ def visited(
         Visit(x_s, x_t, y_s, y_t, row_ids, row_ids, True),
     ]
     for visit in both:
-        visits.add(state, visits.forward(visit, scale, pivots))
+        visits.forward(visit, scale, state)
     values, statistics = visits.conclude(state, row_ids)
     g = upstream.to(kind) if row_ids is None else torch.where((row_ids >= 0)[:, None], upstream.to(kind), 0.0)
     gradient, unit = visits.prepare(g, q_s.dtype, scale, None)
