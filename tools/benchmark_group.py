@@ -11,8 +11,8 @@ sample is the slowest rank's, all started together, modes in turns; medians are 
 
 efficiency: time on one GPU / (P x time on P). sent: MiB that the busiest rank sends in a forward and backward.
 transfers: the same exchanges with nothing computed between them, in ms; computation: the same visits with nothing
-exchanged. hidden: the part of the transfers that the computation covers. host ahead: ms on a GPU that begins 0.15 s after
-the host, and so waits for the host less, or not at all. peak MiB: as in the table for one process, of the worst rank.
+exchanged. hidden: the part of the transfers that the computation covers. host ahead: ms where the GPU begins 0.15 s
+after the host, and so waits for it less, or not at all. peak MiB: as in the table for one process, of the worst rank.
 """
 
 from __future__ import annotations
