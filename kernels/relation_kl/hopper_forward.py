@@ -266,9 +266,9 @@ def forward_kernel(
 
     q and k are descriptors of [B, H, T, channels] in blocks [1, 1, 64, D] and [1, 1, N, D], of which K channels are
     used; kl float32 [B, H, T], the sums too (see `triton_kernels.relative_sum`); flags int32 [B, H, row tiles, 2];
-    starts and bounds from `segment_kernels.starts_and_bounds`. In a visit kl is a, the sums are themselves, and
-    relative to the pivots (`torch_visit.State`); otherwise pivots, first_row and keys_end are not looked at. The grid
-    is `tiles.grid`'s.
+    starts and bounds from `segment_kernels.starts_and_bounds`. In a visit kl is a, which goes in and out as the sums
+    themselves do, relative to the pivots (`torch_visit.State`); otherwise pivots, first_row and keys_end are not looked
+    at. The grid is `tiles.grid`'s.
     """
     dtype: gl.constexpr = q_s.dtype
     tiles = gl.cdiv(seq_len, ROWS)

@@ -103,8 +103,10 @@ def test_one_process(tmp_path: Path) -> None:
 
 def test_two_ranks(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    run(2, _main, tmp_path / "run", ["--sequence-parallel-size", "2"], "qk+next@16,qq+next@full", str(out))
+    arguments = ["--sequence-parallel-size", "2", "--warmup", "0"]
+    run(2, _main, tmp_path / "run", arguments, "qk+next@16,qq+next@full", str(out))
     rows = _rows(Path(f"{out}.csv"))
+    assert rows[1]["seconds"] == rows[1]["first_step_seconds"]
     assert [(row["status"], row["world_size"], row["sequence_parallel_size"]) for row in rows] == [
         ("out of memory", "2", "2"), ("ok", "2", "2"),
     ]  # fmt: skip
@@ -133,6 +135,7 @@ def test_cases_and_presets() -> None:
         (["--model", "llama9"], "--model: llama9 is neither a folder nor one of"),
         (["--csv", "/no/such/folder/x.csv"], "--csv: /no/such/folder/x.csv cannot be written"),
         (["--steps", "0"], "--steps: '0' is not possible"),
+        (["--warmup", "0.5"], "--warmup: '0.5' is not possible; give a whole number from 0 on"),
     ],
 )
 def test_mistakes_give_one_line(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
