@@ -3,16 +3,19 @@
     deepspeed --num_gpus 4 tools/benchmark_kernels.py --lengths 65536,131072      (or torchrun --nproc-per-node 4)
 
 For each length: the whole on one GPU (the others wait), then on all P ranks in mode `sequence` (shards of all heads,
-`relation_kl(..., group=...)`; `at once`: `relation_kl_value_and_grad`, as the trainer calls it) and in mode `heads`
-(whole sequences of heads / P). `heads+exchange` has the all-to-all of student, teacher and gradient too, which a caller
+`relation_kl(..., group=...)`; `at once`: `relation_kl_value_and_grad`, as the trainer calls it; by memory that all
+GPUs reach, or, with RELATION_KL_PEER_MEMORY=0 or where there is none, by messages) and in mode `heads` (whole sequences
+of heads / P). `heads+exchange` has the all-to-all of student, teacher and gradient too, which a caller
 pays whose tensors are sharded along the sequence; the trainer's are not: Ulysses has exchanged them for attention. A
 sample is the slowest rank's, all started together, modes in turns; medians are shown. With --head-groups the modes
 `sequence` come a second time for each number of groups of heads.
 
-efficiency: time on one GPU / (P x time on P). sent: MiB that the busiest rank sends in a forward and backward.
+efficiency: time on one GPU / (P x time on P). sent: MiB that the busiest rank sends in a forward and backward, or puts
+into other ranks' memory and copies from there.
 transfers: the same exchanges with nothing computed between them, in ms; computation: the same visits with nothing
 exchanged. hidden: the part of the transfers that the computation covers. host ahead: ms where the GPU begins 0.15 s
-after the host, and so waits for it less, or not at all. peak MiB: as in the table for one process, of the worst rank.
+after the host, and so waits for it less, or not at all. peak MiB: as in the table for one process, of the worst rank,
+with the memory that other ranks reach and that of graphs, which stay.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -35,7 +39,8 @@ import numpy as np
 import relation_kl as rk
 import torch
 import torch.distributed as dist
-from relation_kl import chunk_plan, exchanges, torch_visit
+from relation_kl import chunk_plan, exchanges, functional, peer_memory, peer_parallel, torch_visit
+from relation_kl.peer_memory import Lane
 from torch import Tensor
 
 COLUMNS = (
@@ -137,7 +142,8 @@ def _measure(options: Namespace, dtype: torch.dtype, seq_len: int, head_dim: int
     for mode, (call, returned) in cases.items():
         with _counting() as sent:
             call()
-        most = torch.tensor([_peak(call, returned), sent[0]], dtype=torch.float64, device=options.device)
+        peak = _peak(call, returned, group, options.device)
+        most = torch.tensor([peak, sent[0]], dtype=torch.float64, device=options.device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
         peak_mib, sent_mib = (most / 2**20).tolist()
         p10, median, p90 = np.percentile(times[mode], (10, 50, 90)).tolist()
@@ -228,15 +234,22 @@ def _milliseconds(call: Callable[[], None], on_gpu: bool) -> float:
     return start.elapsed_time(end)
 
 
-def _peak(call: Callable[[], None], returned: int) -> float:
-    """CUDA bytes of a call beyond its inputs and the returned gradient; 0 on a CPU."""
+def _peak(call: Callable[[], None], returned: int, group: Any, device: torch.device) -> float:
+    """CUDA bytes of a call beyond its inputs and the returned gradient, with those that stay; 0 on a CPU."""
     if not torch.cuda.is_available():
         call()
         return 0.0
+    peer_memory._REACH.pop(group, None)  # what was there is as large as the largest call
+    call()  # and its graphs are captured
+    torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     call()
-    return torch.cuda.max_memory_allocated() - before - returned
+    reach = peer_memory._REACH.get(group)
+    pools = set() if reach is None else {lane.pool for lane in reach.lanes}
+    of_graphs = (x["total_size"] for x in torch.cuda.memory_snapshot() if tuple(x["segment_pool_id"]) in pools)
+    stays = 0 if reach is None else reach.nbytes + sum(of_graphs)
+    return torch.cuda.max_memory_allocated() - before - returned + stays
 
 
 def _exchange(x: Tensor, split: int, join: int) -> Tensor:
@@ -249,15 +262,48 @@ def _exchange(x: Tensor, split: int, join: int) -> Tensor:
 
 @contextmanager
 def _counting() -> Iterator[list[int]]:
-    """Within: the bytes that this process sends, in the one number of the list."""
-    total, send = [0], exchanges.Exchanges.send
+    """Within: the bytes that this process sends, or puts and copies, in the one number of the list."""
+    total, send, copy, put = [0], exchanges.Exchanges.send, Lane.copy, Lane.put
 
     def counted(every: Any, x: Tensor, peer: int) -> Any:
         total[0] += x.nbytes
         return send(every, x, peer)
 
-    with patch.object(exchanges.Exchanges, "send", counted):
+    def copied(lane: Lane, into: Tensor, there: Tensor) -> None:
+        total[0] += there.nbytes
+        copy(lane, into, there)
+
+    def given(lane: Lane, rank: int, there: Tensor, *parts: Tensor) -> None:
+        total[0] += there.nbytes if rank != lane.reach.rank else 0
+        put(lane, rank, there, *parts)
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(exchanges.Exchanges, "send", counted))
+        stack.enter_context(patch.multiple(Lane, copy=copied, put=given))
+        stack.enter_context(patch.object(peer_parallel, "_CAPTURED", sys.maxsize))
+        stack.enter_context(_captured_apart("counting"))
         yield total
+
+
+@contextmanager
+def _captured_apart(name: str, **changed: Any) -> Iterator[None]:
+    """Within: no graphs that were captured elsewhere, and these functions in the place of those of visits."""
+
+    def parallel(reach: Any, local: ModuleType, visits: ModuleType) -> Any:
+        if (name, visits) not in _VISITS:
+            _VISITS[name, visits] = SimpleNamespace(**(vars(visits) | changed))
+        other: Any = _VISITS[name, visits]
+        return peer_parallel.PeerParallel(reach, local, other)
+
+    with patch.object(functional, "PeerParallel", parallel):
+        yield
+
+
+_VISITS: dict[tuple[str, ModuleType], SimpleNamespace] = {}
+
+
+def _nothing(*arguments: Any) -> None:
+    pass
 
 
 @contextmanager
@@ -267,15 +313,17 @@ def _transfers_only() -> Iterator[None]:
     if importlib.util.find_spec("triton") is not None:
         modules.append(importlib.import_module("relation_kl.triton_visit"))
     with ExitStack() as stack:
+        stack.enter_context(_captured_apart("transfers", forward=_nothing, backward=_nothing))
         for module in modules:
-            stack.enter_context(patch.object(module, "forward", lambda *arguments: None))
-            stack.enter_context(patch.object(module, "backward", lambda *arguments: None))
+            stack.enter_context(patch.multiple(module, forward=_nothing, backward=_nothing))
         yield
 
 
 @contextmanager
 def _computation_only(made: Pool) -> Iterator[None]:
-    """Within: nothing is exchanged; what would come from other ranks is random, one of four tensors, in turn."""
+    """Within: nothing is exchanged; what would come from other ranks is random, one of four tensors, in turn, or, in
+    memory that others reach, what an earlier call has left there."""
+    put = Lane.put
 
     def random(x: Tensor, shape: Sequence[int] | None = None) -> Tensor:
         shape = tuple(x.shape if shape is None else shape)
@@ -286,7 +334,16 @@ def _computation_only(made: Pool) -> Iterator[None]:
         found.rotate()
         return found[0]
 
-    with patch.object(exchanges, "start", lambda operations: []), patch.object(exchanges, "room", random):
+    def own_only(lane: Lane, rank: int, there: Tensor, *parts: Tensor) -> None:
+        if rank == lane.reach.rank:
+            put(lane, rank, there, *parts)
+
+    names = ("copy", "offer", "take", "until_taken", "barrier")
+    with ExitStack() as stack:
+        stack.enter_context(_captured_apart("computation"))
+        stack.enter_context(patch.multiple(Lane, put=own_only, **dict.fromkeys(names, _nothing)))
+        stack.enter_context(patch.object(exchanges, "start", lambda operations: []))
+        stack.enter_context(patch.object(exchanges, "room", random))
         yield
 
 

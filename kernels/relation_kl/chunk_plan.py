@@ -19,6 +19,8 @@ _TILE = 128
 _LONG_VISIT = 2**18
 # For this many groups of heads, two of which take less memory than their share of one GPU's, visits may be shorter.
 _GROUPS, _SHORT_VISIT = 8, 2**16
+# Those that a CUDA graph issues may be shorter still, and more.
+_CAPTURED_GROUPS, _CAPTURED_VISIT = 16, 2**13
 # Two groups are worked on at a time: with fewer in all, little memory is saved.
 _LEAST_GROUPS = 4
 
@@ -72,6 +74,18 @@ class Plan:
         worker = (self.rank + step) % self.ranks
         chunks = (chunk for chunk in self.rows[self.rank] if self.fetches(worker, chunk))
         return [(worker, chunk) for chunk in chunks if chunk // 2 != worker]
+
+    def worker(self, chunk: int) -> int:
+        """Who computes its rows."""
+        return next(worker for worker, chunks in enumerate(self.rows) if chunk in chunks)
+
+    def fetched(self, worker: int, source: int) -> list[int]:
+        """The chunks that `source` computes whose keys `worker` takes from there, those of its own shard among them."""
+        return [chunk for chunk in self.rows[source] if self.fetches(worker, chunk)]
+
+    def fetched_before(self, worker: int, step: int) -> int:
+        """How many `worker` takes in backward before it comes to that step."""
+        return sum(len(self.fetched(worker, (worker - later) % self.ranks)) for later in self.steps[step:])
 
     def span(self, chunk: int) -> slice:
         """Where a chunk lies in its owner's shard."""
@@ -141,7 +155,9 @@ def _plan(rank: int, ranks: int, lengths: tuple[int, int], sees: list[list[bool]
     return Plan(rank, ranks, lengths, rows, sees)
 
 
-def head_groups(heads: int, key_heads: int, batch: int, rows: int, forward: bool = False) -> list[tuple[slice, slice]]:
+def head_groups(
+    heads: int, key_heads: int, batch: int, rows: int, forward: bool = False, captured: bool = False
+) -> list[tuple[slice, slice]]:
     """Query heads and their key heads that are worked on together; all groups have as many.
 
     Args:
@@ -150,20 +166,21 @@ def head_groups(heads: int, key_heads: int, batch: int, rows: int, forward: bool
         batch: B.
         rows: of the longer chunk.
         forward: there is no backward pass, which takes twice the time and the memory of a forward pass.
+        captured: visits are issued by a graph: the host has little to do for a group.
     """
-    shared, count = heads // key_heads, heads_together(heads, key_heads, batch, rows)
+    shared, count = heads // key_heads, heads_together(heads, key_heads, batch, rows, captured)
     if forward and key_heads % (2 * count) == 0:
         count *= 2
     firsts = range(0, key_heads, count)
     return [(slice(i * shared, (i + count) * shared), slice(i, i + count)) for i in firsts]
 
 
-def heads_together(heads: int, key_heads: int, batch: int, rows: int) -> int:
+def heads_together(heads: int, key_heads: int, batch: int, rows: int, captured: bool) -> int:
     """Key heads of a group with a backward pass.
 
     As few as make a visit long beside its exchanges, or, where these would be fewer than `_GROUPS` groups, as make it
-    long enough. With less than `_LEAST_GROUPS` of them, all heads are one. The numbers are the same on all ranks, and
-    on all devices. Arguments as for `head_groups`.
+    long enough. With less than `_LEAST_GROUPS` of them, all heads are one, but where visits are captured. The numbers
+    are the same on all ranks, and on all devices. Arguments as for `head_groups`.
     """
     pairs = batch * (heads // key_heads) * (-(-rows // _TILE)) ** 2
     divisors = [count for count in range(1, key_heads + 1) if key_heads % count == 0]
@@ -172,6 +189,8 @@ def heads_together(heads: int, key_heads: int, batch: int, rows: int) -> int:
         fitting = (count for count in divisors if count * pairs >= visit and key_heads // count <= most_groups)
         return next(fitting, key_heads)
 
+    if captured:
+        return fewest(_CAPTURED_VISIT, _CAPTURED_GROUPS)
     count = min(fewest(_LONG_VISIT, key_heads), fewest(_SHORT_VISIT, _GROUPS))
     return count if key_heads // count >= _LEAST_GROUPS else key_heads
 

@@ -12,14 +12,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import torch_backend, torch_visit
+from . import peer_memory, torch_backend, torch_visit
+from .peer_parallel import PeerParallel
 from .row_share import RowShare
 from .sequence_parallel import SequenceParallel
 from .torch_backend import Operands
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BACKENDS = ("auto", "torch", "triton")
-_Backend = ModuleType | SequenceParallel | RowShare
+_Backend = ModuleType | SequenceParallel | PeerParallel | RowShare
 
 
 def relation_kl(
@@ -264,7 +265,10 @@ def _choose_backend(backend: str, student: Tensor, group: Any, row_share: tuple[
     else:
         from . import triton_visit as visits
 
-    return RowShare(*row_share, visits) if row_share is not None else SequenceParallel(group, module, visits)
+    if row_share is not None:
+        return RowShare(*row_share, visits)
+    reach = peer_memory.of_group(group, student.device)
+    return SequenceParallel(group, module, visits) if reach is None else PeerParallel(reach, module, visits)
 
 
 def _choose_module(backend: str, student: Tensor) -> ModuleType:

@@ -106,7 +106,7 @@ def by_heads(
             part = Operands(q[:, heads], k[:, key_heads], q_t[:, heads], k_t[:, key_heads], False)
         pieces.append(work(part, heads, key_heads, ids))
     if q.device.type == "cuda" and len(pieces) > 1:
-        here, beside = torch.cuda.current_stream(q.device), _second_stream(q.device)
+        here, beside = torch.cuda.current_stream(q.device), second_stream(q.device)
         beside.wait_stream(here)
         try:
             take_turns(pieces, beside)
@@ -117,7 +117,7 @@ def by_heads(
 
 
 @lru_cache
-def _second_stream(device: torch.device) -> torch.cuda.Stream:
+def second_stream(device: torch.device) -> torch.cuda.Stream:
     """One for good: memory that was freed on a stream is for that stream only."""
     return torch.cuda.Stream(device)
 
