@@ -47,7 +47,8 @@ class Frame:
     shapes: Shapes
     visits: ModuleType
     graphs: dict[Any, Any] = field(default_factory=dict)
-    _views: dict[Any, Any] = field(default_factory=dict)
+    _views: dict[Any, Tensor] = field(default_factory=dict)
+    _of_chunks: dict[Any, Vectors] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._like = [self._likes(tokens) for tokens in self.plan.lengths]
@@ -127,11 +128,11 @@ class Frame:
 
     def _vectors(self, packed: str, ids: str, chunk: int, rank: int | None, place: int | None) -> Vectors:
         key = packed, chunk, rank, place
-        if key not in self._views:
+        if key not in self._of_chunks:
             both = self.at(packed, chunk, rank, place)
             names = self.at(ids, chunk, rank, place) if self.shapes.segments else None
-            self._views[key] = Vectors(both[0], both[1], names, both)
-        return self._views[key]
+            self._of_chunks[key] = Vectors(both[0], both[1], names, both)
+        return self._of_chunks[key]
 
     def fetch(self, steps: Sequence[int]) -> Iterator[tuple[int, Vectors]]:
         """Chunks and keys that this rank needs of others, in these steps; each is good until the next but one is asked
