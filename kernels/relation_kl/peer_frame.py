@@ -66,7 +66,7 @@ class Frame:
                 size += size_of(one[name])
             sizes.append(size)
         self._own = {name for name, _ in own}
-        self.lane.reach.reserve(*sizes)
+        self.lane.reach.reserve(self.lane.number, *sizes)
 
     def _likes(self, tokens: int) -> dict[str, Like]:
         """Of a chunk of so many."""

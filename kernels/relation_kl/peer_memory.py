@@ -45,8 +45,8 @@ class Reach:
         self.lanes = [Lane(self, number) for number in range(LANES)]
         self._handle: Any = None
         self._memory: Any = None
-        self._scratch = torch.empty(0, dtype=torch.uint8, device=device)
-        self._sizes = 0, 0
+        self._scratch: Any = None
+        self._sizes = [(0, 0)] * LANES  # of each lane: what others reach, and scratch
         self._timeout_ms = int(_timeout(group, device) * 1e3)
 
     @property
@@ -56,31 +56,33 @@ class Reach:
     @property
     def nbytes(self) -> int:
         """What it takes of this rank's memory, until the group is taken down; kernels' small buffers come to it."""
-        return LANES * sum(self._sizes)
+        return sum(map(sum, self._sizes))
 
-    def reserve(self, shared: int, scratch: int) -> None:
-        """At least so many bytes of each lane, and of its scratch; to be called on all ranks alike.
+    def reserve(self, lane: int, shared: int, scratch: int) -> None:
+        """At least so many bytes of a lane, and of its scratch; to be called on all ranks alike.
 
-        Where there were fewer, all is new, and what lanes have kept of the old is gone.
+        Where there were fewer, all is new, once what was begun is done, and what lanes have kept of the old is gone.
         """
         wanted = tuple(-(-size // _GRANULE) * _GRANULE for size in (shared, scratch))
-        if all(size <= there for size, there in zip(wanted, self._sizes, strict=True)):
+        there = self._sizes[lane]
+        if wanted[0] <= there[0] and wanted[1] <= there[1]:
             return
-        for lane in self.lanes:
-            lane.forget()
-        shared, scratch = self._sizes = tuple(map(max, wanted, self._sizes))
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self._handle = self._memory = None
-        self._scratch = torch.empty(LANES * scratch, dtype=torch.uint8, device=self.device)
-        self._handle, self._memory = _rendezvous(LANES * shared, self.group, self.device)
+        for each in self.lanes:
+            each.forget()
+        self._sizes[lane] = max(wanted[0], there[0]), max(wanted[1], there[1])
+        shared, scratch = map(sum, zip(*self._sizes, strict=True))
+        self._handle = self._memory = self._scratch = None
+        self._scratch = torch.empty(scratch, dtype=torch.uint8, device=self.device)
+        self._handle, self._memory = _rendezvous(shared, self.group, self.device)
 
     def at(self, rank: int | None, lane: int, offset: int, like: Like) -> Tensor:
         """What lies there in a rank's memory, or, for None, in this one's scratch."""
-        (shape, dtype), (shared, scratch) = like, self._sizes
+        shape, dtype = like
+        before = self._sizes[:lane]
         if rank is not None:
-            return self._handle.get_buffer(rank, tuple(shape), dtype, (lane * shared + offset) // dtype.itemsize)
-        begin = lane * scratch + offset
+            begin = sum(shared for shared, _ in before) + offset
+            return self._handle.get_buffer(rank, tuple(shape), dtype, begin // dtype.itemsize)
+        begin = sum(scratch for _, scratch in before) + offset
         return self._scratch[begin : begin + math.prod(shape) * dtype.itemsize].view(dtype).view(*shape)
 
     def barrier(self, channel: int) -> None:
@@ -110,7 +112,9 @@ class Lane:
         self._beside = torch.cuda.Stream(reach.device, priority=-1) if on_gpu else None
 
     def forget(self) -> None:
-        """What was kept."""
+        """What was kept, once it is not used any longer."""
+        if self.reach.device.type == "cuda":
+            torch.cuda.synchronize(self.reach.device)
         self.kept.clear()
         self.pool = None  # with its last graph a pool is gone
 

@@ -6,9 +6,9 @@ gradients, and their results. Owners put rows there, and take results from there
 with nothing else. It copies the keys of other ranks, one chunk ahead, and adds up their gradients in two places in
 turn, from which those ranks copy them.
 
-So all groups of heads, and all calls of a shape, do the very same between putting and taking: it is captured in a CUDA
-graph the second time. Then the host issues some 20 operations a group, where it is some 200 otherwise, and short visits
-do not wait for it. Where there are segments, what is done depends on them, and nothing is captured.
+So all groups of heads, and all calls of a shape, do the very same between putting and taking, as long as the same
+chunks see one another: it is captured in a CUDA graph the second time. Then the host issues some 20 operations a group,
+where it is some 200 otherwise, and short visits do not wait for it.
 
 Groups of heads take turns on two lanes: what one waits for passes while the other's visits are computed.
 """
@@ -34,6 +34,7 @@ from .torch_backend import Operands
 from .torch_visit import State, exactly, working
 
 _CAPTURED = 2  # from this call on
+_MOST_FRAMES = 64
 
 
 class PeerParallel:
@@ -111,7 +112,7 @@ class PeerParallel:
         upstream, unit = None, None
         if row_grad is not None:
             upstream, unit = self._prepare(operands, scale, ids, row_grad)
-        groups = head_groups(q.shape[1], k.shape[1], q.shape[0], plan.lengths[0], captured=ids is None)
+        groups = head_groups(q.shape[1], k.shape[1], q.shape[0], plan.lengths[0], captured=True)
         on_gpu = q.device.type == "cuda"
         here = torch.cuda.current_stream(q.device) if on_gpu else None
         streams = [here, second_stream(q.device) if on_gpu else None]
@@ -135,11 +136,12 @@ class PeerParallel:
             here.wait_stream(streams[1])
 
     def _frame(self, plan: Plan, lane: Lane, shapes: Shapes) -> Frame:
-        """For a group of heads; with one segment the same one every time."""
-        if shapes.segments:
-            return Frame(plan, lane, shapes, self.visits)
-        key = plan.lengths, shapes, self.visits, torch.are_deterministic_algorithms_enabled()
+        """For a group of heads; the same one wherever the same is to be done."""
+        visible = tuple(map(tuple, plan.rows)), tuple(map(tuple, plan.sees))
+        key = plan.lengths, visible, shapes, self.visits, torch.are_deterministic_algorithms_enabled()
         if key not in lane.kept:
+            if len(lane.kept) == _MOST_FRAMES:  # documents may lie in many ways
+                lane.forget()
             frame = Frame(plan, lane, shapes, self.visits)  # may empty what was kept
             lane.kept[key] = frame
         return lane.kept[key]
@@ -203,7 +205,7 @@ class PeerParallel:
     def _run(self, frame: Frame, scale: float, forward: bool, backward: bool) -> None:
         """The passes, by a graph if they have been here before."""
         passes = partial(self._passes, frame, scale, forward, backward)
-        if frame.shapes.segments or self.reach.device.type != "cuda":
+        if self.reach.device.type != "cuda":
             passes()
             return
         key = scale, forward, backward, torch.backends.cuda.matmul.allow_tf32

@@ -73,10 +73,11 @@ def count_bytes(folder: Path) -> None:
         reach = peer_memory.of_group(dist.group.WORLD, x.device)
         assert reach is not None
         parallel = peer_parallel.PeerParallel(reach, torch_backend, torch_visit)
+        patch.setattr(chunk_plan, "heads_together", lambda *shape: 2)
         parallel.value_and_grad(operands, 1.0, None, g)
-        # Of each lane: two chunks of keys, and gradients of them, gradients of others' keys in two places; keys of two
-        # chunks that were fetched, and a gradient that comes in. Numbers of rows are few beside them.
-        most = peer_memory.LANES * (1.1 * (2 + 2 + 2 + 2 + 1) * chunk + 2 * peer_memory._GRANULE)
+        # Of a lane, for both heads go together: two chunks of keys, and gradients of them, gradients of others' keys in
+        # two places; keys of two chunks that were fetched, and a gradient that comes in. Numbers of rows are few.
+        most = 1.1 * (2 + 2 + 2 + 2 + 1) * chunk + 2 * peer_memory._GRANULE
         assert reach.nbytes <= most, (reach.nbytes / chunk, ranks)
         memory = [x for handle in handles for x in handle.memory]
         with Alive(chunk // 2, x, y, reach._scratch, *memory) as alive, alive.but_in(torch_visit, "own_logits"):
