@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
@@ -291,15 +291,15 @@ def _captured_apart(name: str, **changed: Any) -> Iterator[None]:
 
     def parallel(reach: Any, local: ModuleType, visits: ModuleType) -> Any:
         if (name, visits) not in _VISITS:
-            _VISITS[name, visits] = SimpleNamespace(**(vars(visits) | changed))
-        other: Any = _VISITS[name, visits]
-        return peer_parallel.PeerParallel(reach, local, other)
+            _VISITS[name, visits] = ModuleType(name)
+            vars(_VISITS[name, visits]).update(vars(visits) | changed)
+        return peer_parallel.PeerParallel(reach, local, _VISITS[name, visits])
 
     with patch.object(functional, "PeerParallel", parallel):
         yield
 
 
-_VISITS: dict[tuple[str, ModuleType], SimpleNamespace] = {}
+_VISITS: dict[tuple[str, ModuleType], ModuleType] = {}
 
 
 def _nothing(*arguments: Any) -> None:
