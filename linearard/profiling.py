@@ -56,9 +56,10 @@ def summarise(trace: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         {"parts": {part: {"host": seconds between entering and leaving, "gpu": seconds in which a kernel launched there
-        ran}}, "communication": {"gpu": seconds of NCCL kernels, "alone": those in which nothing else ran}, "gpu_busy",
-        "step": seconds}. Relation KL is part of backward, and counted there, too. Where teacher and student go through
-        the layers together, what is the teacher's is not the student's. Without a GPU the host's only.
+        ran}}, "communication": {"gpu": seconds of NCCL kernels and of waiting for signals, "alone": those in which
+        nothing else ran}, "gpu_busy", "step": seconds}. Relation KL is part of backward, and counted there, too. Where
+        teacher and student go through the layers together, what is the teacher's is not the student's. Without a GPU
+        the host's only.
     """
     events = [e for e in trace["traceEvents"] if e.get("ph") == "X"]
     marks = [e for e in events if e["name"].startswith(PREFIX) and e.get("cat") == "user_annotation"]
@@ -73,7 +74,8 @@ def summarise(trace: dict[str, Any]) -> dict[str, Any]:
     communication, computation = [], []
     for kernel in kernels:
         span = (kernel["ts"], kernel["ts"] + kernel["dur"])
-        (communication if "nccl" in kernel["name"].lower() else computation).append(span)
+        waits = any(name in kernel["name"].lower() for name in ("nccl", "symmetric_memory"))
+        (communication if waits else computation).append(span)
         launch = launches.get(kernel["args"].get("correlation"))
         if launch is None:
             continue

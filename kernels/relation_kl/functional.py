@@ -55,7 +55,9 @@ def relation_kl(
             lengths that differ are refused, but on GPUs only where segment_ids are given, as all ranks or none must.
             Each rank gets its own rows; gradients are those of the sum over all ranks. A collective call: it waits
             for the other ranks (and the device, where segment_ids are given). Where no segment reaches beyond its
-            shard, nothing is exchanged but the ranges of the ids. None = the whole sequence is here.
+            shard, nothing is exchanged but the ranges of the ids. An NCCL group whose GPUs reach one another's memory
+            keeps a piece of each one's for as long as it is there, and CUDA graphs (README.md); another rank's failure
+            is a CUDA error then, which is for good. None = the whole sequence is here.
         row_share: (index, count): compute share `index` of `count` of the rows, for processes that hold the same
             sequences and heads and divide their rows; not with group. Other rows are 0, and their upstream gradient is
             ignored. Rows and gradients of all shares add up to those of the whole; all shares have as much to do.

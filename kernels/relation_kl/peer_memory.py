@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import socket
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -213,6 +214,14 @@ def _reached(group: Any, device: torch.device) -> bool:
     reached = reached and all(
         i < torch.cuda.device_count() and torch.cuda.can_device_access_peer(index, i) for i in others
     )
+    dist.all_gather_object(every, reached, group=group)
+    if not all(every):
+        return False
+    try:  # a container may forbid it
+        _rendezvous(_GRANULE, group, device)
+    except RuntimeError as error:
+        warnings.warn(f"ranks send messages, for their GPUs cannot share memory: {error}", stacklevel=2)
+        reached = False
     dist.all_gather_object(every, reached, group=group)
     return all(every)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
@@ -103,17 +104,22 @@ def test_ranks_count_alike_what_one_fetches(ranks: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "others, setting, reached",
+    "others, setting, forbidden, reached",
     [
-        ([("here", 0), ("here", 1)], None, True),
-        ([("here", 0), ("there", 1)], None, False),
-        ([("here", 0), ("here", 0)], None, False),  # each sees a GPU of its own only
-        ([("here", 0), ("here", 2)], None, False),  # which this rank cannot reach
-        ([("here", 0), ("here", 1)], "0", False),
+        ([("here", 0), ("here", 1)], None, False, True),
+        ([("here", 0), ("there", 1)], None, False, False),
+        ([("here", 0), ("here", 0)], None, False, False),  # each sees a GPU of its own only
+        ([("here", 0), ("here", 2)], None, False, False),  # which this rank cannot reach
+        ([("here", 0), ("here", 1)], "0", False, False),
+        ([("here", 0), ("here", 1)], None, True, False),
     ],
 )
 def test_who_reaches_whom(
-    others: list[tuple[str, int]], setting: str | None, reached: bool, monkeypatch: pytest.MonkeyPatch
+    others: list[tuple[str, int]],
+    setting: str | None,
+    forbidden: bool,
+    reached: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("RELATION_KL_PEER_MEMORY", raising=False)
     if setting is not None:
@@ -130,8 +136,15 @@ def test_who_reaches_whom(
     monkeypatch.setattr(dist, "all_gather_object", gather)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: {a, b} == {0, 1})
-    assert peer_memory._reached(None, torch.device("cuda", 0)) == reached
-    assert said == [(wanted, "here", 0), reached]
+
+    def rendezvous(size: int, group: Any, device: torch.device) -> None:
+        if forbidden:
+            raise RuntimeError("Operation not permitted")
+
+    monkeypatch.setattr(peer_memory, "_rendezvous", rendezvous)
+    with pytest.warns(UserWarning, match="Operation not permitted") if forbidden else contextlib.nullcontext():
+        assert peer_memory._reached(None, torch.device("cuda", 0)) == reached
+    assert said == [(wanted, "here", 0), *([True, reached] if reached or forbidden else [False])]
 
 
 def by_messages_on_gpus(dtype: torch.dtype, key_heads: int | None) -> None:
