@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import zip_longest
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from . import exchanges
 from .chunk_plan import Plan, head_groups
 from .exchanges import Arrived, Exchanges, Vectors
 from .torch_backend import Operands
-from .torch_visit import Visit
+from .torch_visit import Visit, working
 
 Heads = tuple[slice, slice]  # of the rows and of the keys
 
@@ -176,6 +177,16 @@ def empty_gradients(operands: Operands) -> tuple[Tensor, Tensor | None]:
     q, k = operands.student_q, operands.student_k
     of_keys = None if operands.self_relation else torch.empty(k.shape, dtype=k.dtype, device=k.device)
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), of_keys
+
+
+def upstream_of(
+    operands: Operands, scale: float, segment_ids: Tensor | None, row_grad: Tensor, visits: ModuleType, group: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The upstream gradient as visits take it, 0 for padding, which may be anything; see `torch_visit.prepare`."""
+    row_grad = row_grad.to(working(operands.student_q))
+    if segment_ids is not None:
+        row_grad = torch.where((segment_ids >= 0)[:, None], row_grad, 0.0)
+    return visits.prepare(row_grad, operands.student_q.dtype, scale, group)
 
 
 def of_heads(grads: tuple[Tensor, Tensor | None], heads: slice, key_heads: slice) -> tuple[Tensor, Tensor | None]:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .chunk_plan import Plan, head_groups, make_plan
 from .exchanges import Vectors
-from .head_group import empty_gradients, second_stream
+from .head_group import empty_gradients, second_stream, upstream_of
 from .peer_frame import Frame, Shapes
 from .peer_memory import LANES, Lane, Reach
 from .torch_backend import Operands
@@ -111,7 +111,7 @@ class PeerParallel:
         q, k, ids = operands.student_q, operands.student_k, None if segment_ids is None else segment_ids.long()
         upstream, unit = None, None
         if row_grad is not None:
-            upstream, unit = self._prepare(operands, scale, ids, row_grad)
+            upstream, unit = upstream_of(operands, scale, ids, row_grad, self.visits, self.reach.group)
         groups = head_groups(q.shape[1], k.shape[1], q.shape[0], plan.lengths[0], captured=True)
         on_gpu = q.device.type == "cuda"
         here = torch.cuda.current_stream(q.device) if on_gpu else None
@@ -307,12 +307,3 @@ class PeerParallel:
         for chunk in frame.mine:
             visit_all(chunk, frame.keys(chunk), k_grads[chunk])
         take_in()
-
-    def _prepare(
-        self, operands: Operands, scale: float, ids: Tensor | None, row_grad: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """The upstream gradient as visits take it, 0 for padding, which may be anything; see `torch_visit.prepare`."""
-        row_grad = row_grad.to(working(operands.student_q))
-        if ids is not None:
-            row_grad = torch.where((ids >= 0)[:, None], row_grad, 0.0)
-        return self.visits.prepare(row_grad, operands.student_q.dtype, scale, self.reach.group)

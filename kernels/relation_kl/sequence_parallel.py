@@ -39,7 +39,7 @@ from torch import Tensor
 from . import exchanges
 from .chunk_plan import Plan, make_plan
 from .exchanges import AT_ONCE, Exchanges, Returns, Vectors, wait
-from .head_group import Heads, Job, Rows, by_heads, empty_gradients, halves, of_heads
+from .head_group import Heads, Job, Rows, by_heads, empty_gradients, halves, of_heads, upstream_of
 from .torch_backend import Operands
 from .torch_visit import State, exactly, working
 
@@ -112,7 +112,7 @@ class SequenceParallel:
         plan = make_plan(operands, segment_ids, self.group)
         if plan is None:
             return self.local.backward(operands, softmax_scale, segment_ids, statistics, row_grad)
-        prepared, unit = self._prepare(operands, softmax_scale, segment_ids, row_grad)
+        prepared, unit = upstream_of(operands, softmax_scale, segment_ids, row_grad, self.visits, self.group)
         grads = empty_gradients(operands)
 
         def work(part: Operands, heads: slice, key_heads: slice, ids: Tensor | None) -> Iterator[None]:
@@ -134,7 +134,7 @@ class SequenceParallel:
         if plan is None:
             return self.local.value_and_grad(operands, softmax_scale, segment_ids, row_grad)
         q = operands.student_q
-        prepared, unit = self._prepare(operands, softmax_scale, segment_ids, row_grad)
+        prepared, unit = upstream_of(operands, softmax_scale, segment_ids, row_grad, self.visits, self.group)
         values, grads = torch.empty(q.shape[:3], dtype=working(q), device=q.device), empty_gradients(operands)
 
         def work(part: Operands, heads: slice, key_heads: slice, ids: Tensor | None) -> Iterator[None]:
@@ -303,15 +303,6 @@ class SequenceParallel:
     def _pivots(self, operands: Operands, scale: float, ids: Tensor | None) -> list[Tensor]:
         q_s, k_s, q_t, k_t, _ = operands
         return [self.visits.own_logits(q, k, scale, ids) for q, k in ((q_s, k_s), (q_t, k_t))]
-
-    def _prepare(
-        self, operands: Operands, scale: float, segment_ids: Tensor | None, row_grad: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """The upstream gradient as visits take it, 0 for padding, which may be anything; see `torch_visit.prepare`."""
-        row_grad = row_grad.to(working(operands.student_q))
-        if segment_ids is not None:
-            row_grad = torch.where((segment_ids >= 0)[:, None], row_grad, 0.0)
-        return self.visits.prepare(row_grad, operands.student_q.dtype, scale, self.group)
 
     def _start(self, plan: Plan, operands: Operands, segment_ids: Tensor | None, numbers: Tensor) -> Job:
         """The chunks that this rank computes, those of other shards on their way; numbers [n, B, H, T], see `Rows`."""
