@@ -321,9 +321,9 @@ def _transfers_only() -> Iterator[None]:
 
 @contextmanager
 def _computation_only(made: Pool) -> Iterator[None]:
-    """Within: nothing is exchanged; what would come from other ranks is random, one of four tensors, in turn, or, in
-    memory that others reach, what an earlier call has left there."""
-    put = Lane.put
+    """Within: nothing is exchanged; what would come from other ranks is random, one of four tensors, in turn, or, where
+    all reach one another's memory, is in this one's."""
+    at = Lane.at
 
     def random(x: Tensor, shape: Sequence[int] | None = None) -> Tensor:
         shape = tuple(x.shape if shape is None else shape)
@@ -334,14 +334,16 @@ def _computation_only(made: Pool) -> Iterator[None]:
         found.rotate()
         return found[0]
 
-    def own_only(lane: Lane, rank: int, there: Tensor, *parts: Tensor) -> None:
-        if rank == lane.reach.rank:
-            put(lane, rank, there, *parts)
+    def here(lane: Lane, rank: int | None, offset: int, like: Any) -> Tensor:
+        return at(lane, None if rank is None else lane.reach.rank, offset, like)
 
-    names = ("copy", "offer", "take", "until_taken", "barrier")
+    def copied(lane: Lane, rank: int, into: Tensor, there: Tensor) -> None:
+        lane.copy(into, there)
+
+    names = ("offer", "until_taken", "barrier")
     with ExitStack() as stack:
         stack.enter_context(_captured_apart("computation"))
-        stack.enter_context(patch.multiple(Lane, put=own_only, **dict.fromkeys(names, _nothing)))
+        stack.enter_context(patch.multiple(Lane, at=here, take=copied, **dict.fromkeys(names, _nothing)))
         stack.enter_context(patch.object(exchanges, "start", lambda operations: []))
         stack.enter_context(patch.object(exchanges, "room", random))
         yield
