@@ -48,6 +48,23 @@ def test_groups_have_long_visits_and_are_all_of_a_size(
     assert [i for q, _ in forward for i in range(heads)[q]] == list(range(heads))
 
 
+@pytest.mark.parametrize(
+    "heads, key_heads, rows, groups",
+    [
+        (32, 32, 2**14, 16),
+        (32, 32, 2**13, 16),
+        (32, 32, 2**12, 4),
+        (32, 32, 2**8, 1),
+        (32, 8, 2**13, 8),
+        (7, 7, 2**14, 7),
+    ],
+)
+def test_captured_groups_are_smaller(heads: int, key_heads: int, rows: int, groups: int) -> None:
+    """With 16 of them, of which two are worked on, a rank takes 9 / 16 of its share of one GPU's memory."""
+    found = head_groups(heads, key_heads, 1, rows, captured=True)
+    assert len(found) == groups and [i for _, k in found for i in range(key_heads)[k]] == list(range(key_heads))
+
+
 def _pieces(count: int, log: list[str]) -> list[Iterator[None]]:
     def piece(name: str) -> Iterator[None]:
         for i in range(2):
@@ -77,6 +94,7 @@ def test_pieces_take_turns(count: int, order: str) -> None:
 def _in_groups(pairs: int) -> None:
     """Groups as small as visits of that many pairs of tiles allow, also if there are but two."""
     chunk_plan._LONG_VISIT, chunk_plan._LEAST_GROUPS = pairs, 2
+    chunk_plan._CAPTURED_VISIT, chunk_plan._CAPTURED_GROUPS = pairs, 2**10
 
 
 def many_groups() -> None:
