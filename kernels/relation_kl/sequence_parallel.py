@@ -1,4 +1,4 @@
-"""The sequence-parallel form: contiguous shards of one long sequence, computed by chunks, whose keys go round.
+"""The sequence-parallel form by messages: shards of one long sequence, computed by chunks, whose keys go round.
 
 A shard is cut into two chunks, and every rank computes one chunk with few keys and one with many, so that all work
 alike (with one segment: chunks w and 2 P - 1 - w, as in zigzag sharding). A chunk's rows and keys go to who computes it
