@@ -66,14 +66,12 @@ class Plan:
     def coming(self, step: int) -> list[tuple[int, int]]:
         """(from, chunk) of the keys that this rank takes in a step; those of its own shard are from itself."""
         source = (self.rank - step) % self.ranks
-        chunks = [chunk for chunk in self.rows[source] if self.fetches(self.rank, chunk)]
-        return [(self.rank if chunk in self.own else source, chunk) for chunk in chunks]
+        return [(self.rank if chunk in self.own else source, chunk) for chunk in self.fetched(self.rank, source)]
 
     def going(self, step: int) -> list[tuple[int, int]]:
         """(to, chunk) of the keys that another rank takes from this one in a step."""
         worker = (self.rank + step) % self.ranks
-        chunks = (chunk for chunk in self.rows[self.rank] if self.fetches(worker, chunk))
-        return [(worker, chunk) for chunk in chunks if chunk // 2 != worker]
+        return [(worker, chunk) for chunk in self.fetched(worker, self.rank) if chunk // 2 != worker]
 
     def worker(self, chunk: int) -> int:
         """Who computes its rows."""

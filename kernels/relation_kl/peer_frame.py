@@ -57,7 +57,8 @@ class Frame:
         longest += ["ids"] if self.shapes.segments else []
         every = [(name, i) for i in (0, 1) for name in longest] + [("found", 0), ("found", 1)]
         own = [(name, i) for i in (0, 1) for name in ("m", "total")] + [("incoming", 0)]
-        own += [(name, i) for i in range(_FETCHED) for name in ("fetched", "fetched ids")]
+        fetched = ("fetched", "fetched ids") if self.shapes.segments else ("fetched",)
+        own += [(name, i) for i in range(_FETCHED) for name in fetched]
         self._offsets, sizes = {}, []
         for places in (every, own):
             size = 0
@@ -78,9 +79,18 @@ class Frame:
         ids, numbers = ((batch, tokens), torch.int64), ((batch, heads, tokens), kind)
         statistics = (2, batch, heads, tokens), kind
         return {
-            **{"keys": ((2, *keys), dtype), "queries": ((2, *rows), dtype), "ids": ids, "upstream": numbers},
-            **{"values": numbers, "q_grad": of_rows, "k_grad": of_keys, "found": of_keys},
-            **{"m": statistics, "total": statistics, "fetched": ((2, *keys), dtype), "fetched ids": ids},
+            "keys": ((2, *keys), dtype),
+            "queries": ((2, *rows), dtype),
+            "ids": ids,
+            "upstream": numbers,
+            "values": numbers,
+            "q_grad": of_rows,
+            "k_grad": of_keys,
+            "found": of_keys,
+            "m": statistics,
+            "total": statistics,
+            "fetched": ((2, *keys), dtype),
+            "fetched ids": ids,
             "incoming": of_rows if heads > key_heads else of_keys,
         }
 

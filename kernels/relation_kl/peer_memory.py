@@ -109,6 +109,7 @@ class Lane:
         self.reach, self.number = reach, number
         self.kept: dict[Any, Any] = {}
         self.pool: Any = None
+        self._last: Any = None
         on_gpu = reach.device.type == "cuda"
         self._beside = torch.cuda.Stream(reach.device, priority=-1) if on_gpu else None
 
@@ -122,6 +123,15 @@ class Lane:
     def at(self, rank: int | None, offset: int, like: Like) -> Tensor:
         """As `Reach.at`."""
         return self.reach.at(rank, self.number, offset, like)
+
+    def begin(self) -> None:
+        """The current stream waits until what was done here before, on whichever stream, has ended."""
+        self.wait(self._last)
+
+    def end(self) -> None:
+        """What is done here ends with what was given to the current stream until now."""
+        if self._beside is not None:
+            self._last = torch.cuda.current_stream(self.reach.device).record_event()
 
     @contextmanager
     def beside(self) -> Iterator[None]:
@@ -138,7 +148,7 @@ class Lane:
         return None if self._beside is None else self._beside.record_event()
 
     def wait(self, mark: Any) -> None:
-        """The current stream, until that was done."""
+        """The current stream waits until that was done."""
         if mark is not None:
             torch.cuda.current_stream(self.reach.device).wait_event(mark)
 

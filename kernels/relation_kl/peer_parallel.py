@@ -15,16 +15,15 @@ Groups of heads take turns on two lanes: what one waits for passes while the oth
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from functools import partial
 from itertools import zip_longest
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import torch_visit
 from .chunk_plan import Plan, head_groups, make_plan
 from .exchanges import Vectors
 from .head_group import empty_gradients, second_stream, upstream_of
@@ -124,7 +123,9 @@ class PeerParallel:
                     q.shape[0], heads.stop - heads.start, key_heads.stop - key_heads.start, q.shape[3], q.dtype,
                     operands.self_relation, ids is not None,
                 )  # fmt: skip
-                frame = self._frame(plan, self.reach.lanes[number % LANES], shapes)
+                lane = self.reach.lanes[number % LANES]
+                frame = self._frame(plan, lane, shapes)
+                lane.begin()
                 self._put(frame, operands, heads, key_heads, ids, upstream)
                 if values is None and statistics is not None:
                     self._move_statistics(frame, statistics, heads, back=True)
@@ -132,6 +133,7 @@ class PeerParallel:
                 if grads is None and statistics is not None:
                     self._move_statistics(frame, statistics, heads, back=False)
                 self._take(frame, heads, key_heads, unit, values, grads)
+                lane.end()
         if here is not None and streams[1] is not None:
             here.wait_stream(streams[1])
 
@@ -205,7 +207,8 @@ class PeerParallel:
     def _run(self, frame: Frame, scale: float, forward: bool, backward: bool) -> None:
         """The passes, by a graph if they have been here before."""
         passes = partial(self._passes, frame, scale, forward, backward)
-        if self.reach.device.type != "cuda":
+        # What torch computes is not captured: a graph would keep its buffers, of logits and cuBLAS's, for good.
+        if self.reach.device.type != "cuda" or self.visits is torch_visit:
             passes()
             return
         key = scale, forward, backward, torch.backends.cuda.matmul.allow_tf32
@@ -273,14 +276,12 @@ class PeerParallel:
                 upstream = frame.at("upstream", row)
                 self.visits.backward(visit, scale, statistics[row], upstream, q_grads[row], k_grad)
 
-        number, pending = 0, deque[tuple[Any, int | None, Tensor | None]]()
+        number, mark, incoming = 0, None, list[tuple[int, Tensor]]()
 
         def take_in() -> None:
-            while pending:
-                mark, chunk, gradient = pending.popleft()
-                lane.wait(mark)
-                if chunk is not None and gradient is not None:
-                    k_grads[chunk] += gradient
+            lane.wait(mark)
+            for chunk, gradient in incoming:
+                k_grads[chunk] += gradient
 
         for step in steps:
             source, worker = (rank - step) % plan.ranks, (rank + step) % plan.ranks
@@ -293,17 +294,17 @@ class PeerParallel:
                     number += 1
                 # When this is done, what was in the other place has been copied.
                 take_in()
-                incoming = None
+                incoming.clear()
                 with lane.beside():
                     if theirs is not None:
                         lane.offer(source)
                     if mine is not None:
                         there = frame.at("found", mine, worker, (before + j) % 2)
-                        incoming = frame.incoming(mine, there)
-                        lane.take(worker, incoming, there)
+                        incoming.append((mine, frame.incoming(mine, there)))
+                        lane.take(worker, incoming[0][1], there)
                     if theirs is not None:
                         lane.until_taken(source)
-                pending.append((lane.mark(), mine, incoming))
+                mark = lane.mark()
         for chunk in frame.mine:
             visit_all(chunk, frame.keys(chunk), k_grads[chunk])
         take_in()
