@@ -40,6 +40,7 @@ import relation_kl as rk
 import torch
 import torch.distributed as dist
 from relation_kl import chunk_plan, exchanges, functional, peer_memory, peer_parallel, torch_visit
+from relation_kl.peer_frame import Frame
 from relation_kl.peer_memory import Lane
 from torch import Tensor
 
@@ -322,8 +323,8 @@ def _transfers_only() -> Iterator[None]:
 @contextmanager
 def _computation_only(made: Pool) -> Iterator[None]:
     """Within: nothing is exchanged; what would come from other ranks is random, one of four tensors, in turn, or, where
-    all reach one another's memory, is in this one's."""
-    at = Lane.at
+    all reach one another's memory, of this rank's own two chunks."""
+    at = Frame.at
 
     def random(x: Tensor, shape: Sequence[int] | None = None) -> Tensor:
         shape = tuple(x.shape if shape is None else shape)
@@ -334,8 +335,8 @@ def _computation_only(made: Pool) -> Iterator[None]:
         found.rotate()
         return found[0]
 
-    def here(lane: Lane, rank: int | None, offset: int, like: Any) -> Tensor:
-        return at(lane, None if rank is None else lane.reach.rank, offset, like)
+    def here(frame: Frame, name: str, chunk: int, rank: int | None = None, place: int | None = None) -> Tensor:
+        return at(frame, name, chunk, frame.rank, chunk % 2 if place is None else place)
 
     def copied(lane: Lane, rank: int, into: Tensor, there: Tensor) -> None:
         lane.copy(into, there)
@@ -343,7 +344,8 @@ def _computation_only(made: Pool) -> Iterator[None]:
     names = ("offer", "until_taken", "barrier")
     with ExitStack() as stack:
         stack.enter_context(_captured_apart("computation"))
-        stack.enter_context(patch.multiple(Lane, at=here, take=copied, **dict.fromkeys(names, _nothing)))
+        stack.enter_context(patch.object(Frame, "at", here))
+        stack.enter_context(patch.multiple(Lane, take=copied, **dict.fromkeys(names, _nothing)))
         stack.enter_context(patch.object(exchanges, "start", lambda operations: []))
         stack.enter_context(patch.object(exchanges, "room", random))
         yield

@@ -165,8 +165,8 @@ def test_messages_on_gpus(dtype: torch.dtype, key_heads: int | None, tmp_path: P
 
 
 def many_calls_on_gpus() -> None:
-    """One after the other without waiting, by graphs from the second on, of several lengths and kinds: no call reads
-    what another one has left, or what is yet to come."""
+    """One after the other without waiting, on several streams, by graphs from the second on, of several lengths and
+    kinds: no call reads what another one has left, or what is yet to come."""
     rank, ranks, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
     device = torch.device("cuda", rank)
     reach = peer_memory.of_group(group, device)
@@ -192,7 +192,13 @@ def many_calls_on_gpus() -> None:
             lambda x=x, y=y, k=k, k_t=k_t, g=g: rk.attention_kl_value_and_grad(x, k, y, k_t, g, group=group),
             lambda x=x, y=y, g=g, ids=ids: rk.relation_kl_value_and_grad(x, y, g, segment_ids=ids, group=group),
         ]
-    found = [[x.detach() for x in call()] for _ in range(12) for call in calls]
+    streams = [torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    found = []
+    for i in range(12 * len(calls)):
+        with torch.cuda.stream(streams[i % 5 % 3]):
+            found.append([x.detach() for x in calls[i % len(calls)]()])
+    torch.cuda.synchronize()
     graphs = [x for lane in reach.lanes for frame in lane.kept.values() for x in frame.graphs.values()]
     assert len(graphs) >= 12 and all(isinstance(x, torch.cuda.CUDAGraph) for x in graphs)
     os.environ["RELATION_KL_PEER_MEMORY"] = "0"
