@@ -4,7 +4,7 @@ The kernels run on compute capability 9.0, for 16-bit inputs, of up to 128 chann
 more. Work comes in row tiles, 128 rows of one head: one a program, or, in backward up to 128 channels, one after the
 other. Two warpgroups do 64 rows each; a warp beside them fetches the tiles of keys with TMA, and, in backward up to 128
 channels, two more set the gradient to 0. Products are issued asynchronously, and each place that waits says for what.
-Tiles of keys are visited from the diagonal backwards. What was tried besides, and what it gave, is in README.md.
+Tiles of keys are visited from the diagonal backwards. What was tried besides, and what it gave, is in TRIED.md.
 
 Logits are kept in units of log 2, so that exponentials are exp2.
 

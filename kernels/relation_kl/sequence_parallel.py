@@ -44,7 +44,7 @@ from .torch_backend import Operands
 from .torch_visit import State, exactly, working
 
 # With fewer, transfers take longer than the computation; with more, they slow it down, and NCCL's buffers take more
-# memory (figures in README.md). Of a group's blocks NCCL gives a message to one of P ranks a P-th.
+# memory (figures in TRIED.md). Of a group's blocks NCCL gives a message to one of P ranks a P-th.
 _NCCL_BLOCKS_A_RANK, _MOST_NCCL_BLOCKS = 4, 16
 
 

@@ -27,7 +27,7 @@ class Tiles:
 
 # Rows a row tile of the Hopper kernels.
 HOPPER_ROWS = 128
-# Sequences of which the Hopper kernels take row tiles together: faster than balance alone explains (README.md).
+# Sequences of which the Hopper kernels take row tiles together: faster than balance alone explains (TRIED.md).
 FORWARD_TOGETHER, BACKWARD_TOGETHER = 16, 4
 
 
