@@ -8,6 +8,7 @@ captured in a CUDA graph.
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import socket
@@ -186,7 +187,7 @@ class Lane:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.reach.device)
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), _nothing_collected():
             # Of this thread: others, NCCL's among them, may ask the GPU what they like.
             graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             try:
@@ -234,6 +235,19 @@ def _reached(group: Any, device: torch.device) -> bool:
         reached = False
     dist.all_gather_object(every, reached, group=group)
     return all(every)
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Within: Python collects no garbage. There may be memory among it that GPUs share, of a group that is gone, and to
+    give that back while this thread captures ends the process."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def size_of(*tensors: Like) -> int:

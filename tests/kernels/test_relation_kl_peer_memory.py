@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import socket
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ import torch
 import torch.distributed as dist
 from other_order import gradients_in_another_order
 from relation_kl import chunk_plan, peer_memory, peer_parallel, torch_backend, torch_visit
+from relation_kl.peer_memory import Lane
 from relation_kl.torch_backend import Operands
 from relation_kl_checks import LAYOUTS, Alive
 from shared_memory import shared_memory
@@ -209,6 +212,55 @@ def many_calls_on_gpus() -> None:
         torch.testing.assert_close(values, rows, rtol=1e-4, atol=1e-5)
         for a, b in zip(grads, gradients, strict=True):
             assert float((a - b).norm() / b.norm()) < 3e-3, (i, ranks)
+
+
+class Graph:
+    """Stands for a CUDA graph, which ends the process where memory that others reach is given back in its capture."""
+
+    capturing = False
+
+    def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
+        self.capturing = True
+
+    def capture_end(self) -> None:
+        self.capturing = False
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_no_garbage_is_collected_in_a_capture(enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, given_back = Graph(), list[bool]()
+    for name, fake in (("CUDAGraph", lambda: graph), ("Stream", lambda device: None), ("graph_pool_handle", lambda: 1)):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+
+    class Memory:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            given_back.append(graph.capturing)
+
+    def function(fails: bool) -> None:
+        Memory()
+        _ = [[] for _ in range(2000)]  # enough for Python to collect
+        if fails:
+            raise ValueError("a visit that fails")
+
+    reach: Any = SimpleNamespace(device=torch.device("cpu"))
+    lane, was, thresholds = Lane(reach, 0), gc.isenabled(), gc.get_threshold()
+    gc.set_threshold(100)
+    (gc.enable if enabled else gc.disable)()
+    try:
+        assert lane.capture(lambda: function(False)) is graph
+        assert gc.isenabled() == enabled
+        with pytest.raises(ValueError):
+            lane.capture(lambda: function(True))
+        assert gc.isenabled() == enabled
+        gc.collect()
+    finally:
+        gc.set_threshold(*thresholds)
+        (gc.enable if was else gc.disable)()
+    assert given_back == [False, False]
 
 
 needs_two = pytest.mark.skipif(
