@@ -19,8 +19,8 @@ _TILE = 128
 _LONG_VISIT = 2**18
 # For this many groups of heads, two of which take less memory than their share of one GPU's, visits may be shorter.
 _GROUPS, _SHORT_VISIT = 8, 2**16
-# Those that a CUDA graph issues may be shorter still, and more.
-_CAPTURED_GROUPS, _CAPTURED_VISIT = 16, 2**13
+# Those that a CUDA graph issues may be shorter still, and more; with less, programs of a visit do not fill the GPU.
+_CAPTURED_GROUPS, _CAPTURED_VISIT = 16, 2**14
 # Two groups are worked on at a time: with fewer in all, little memory is saved.
 _LEAST_GROUPS = 4
 
