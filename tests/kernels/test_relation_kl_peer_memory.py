@@ -54,6 +54,26 @@ def test_groups_of_heads_and_layouts(ranks: int, tmp_path: Path) -> None:
     spawn(ranks, heads_and_layouts, tmp_path, tmp_path)
 
 
+def few_frames(folder: Path) -> None:
+    """More kinds of segments in turn than frames are kept for."""
+    rank, ranks, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
+    with shared_memory(folder), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peer_parallel, "_MOST_FRAMES", 2)
+        reach = peer_memory.of_group(group, torch.device("cpu"))
+        assert reach is not None
+        forgotten, forget = list[int](), Lane.forget
+        patch.setattr(Lane, "forget", lambda lane: (forgotten.append(len(lane.kept)), forget(lane)))
+        for shard in (9, 1, 9):
+            for kind in ("one", "crossing", "windows", "right", "documents"):
+                check(rank, ranks, group, torch.float32, None, shard, kind, "torch")
+                assert all(len(lane.kept) <= 2 for lane in reach.lanes)
+        assert forgotten.count(2) >= 4
+
+
+def test_no_more_frames_are_kept_than_are_to_be(tmp_path: Path) -> None:
+    spawn(3, few_frames, tmp_path, tmp_path)
+
+
 def in_triton(folder: Path) -> None:
     with shared_memory(folder):
         check_in_triton()
