@@ -15,7 +15,7 @@ from .torch_backend import Operands
 # Tokens of a tile, of rows or of keys.
 _TILE = 128
 # Pairs of tiles of a long visit: 4 ms forward on an H200 at 128 channels. To begin an exchange takes the host, and the
-# other rank until it takes part, some tenths of one (figures in README.md).
+# other rank until it takes part, some tenths of one (figures in TRIED.md).
 _LONG_VISIT = 2**18
 # For this many groups of heads, two of which take less memory than their share of one GPU's, visits may be shorter.
 _GROUPS, _SHORT_VISIT = 8, 2**16

@@ -50,8 +50,8 @@ class Machine:
     """Rates; the defaults are of an H200.
 
     Attributes:
-        tflops: of the kernels, forward and backward together: 6 half products of 128K tokens and 32 heads take 779 ms
-            (README.md).
+        tflops: of the kernels, forward and backward together: 6 half products of 128K tokens and 32 heads take 782 ms
+            so, and took 762 to 827 (README.md).
         link_gb_s: of one rank's link, each direction. 127: NCCL over NVLink between two H200, with the 8 blocks of
             `nccl_options` (README.md); a 400 Gb/s link has 50 by its name.
         launch_seconds: no visit of a chunk's rows to a chunk's keys is faster: the host's launches; not measured.
