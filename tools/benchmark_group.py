@@ -129,7 +129,7 @@ def _measure(options: Namespace, dtype: torch.dtype, seq_len: int, head_dim: int
     for groups in options.head_groups:
         for mode in ("sequence", "sequence at once"):
             call, returned = cases[mode]
-            cases[f"{mode}, {groups} groups"] = _in_groups(call, options.heads // groups), returned
+            cases[f"{mode}, {groups} groups"] = _in_groups(call, groups), returned
     timed: dict[str, Timed] = {mode: (nullcontext, call) for mode, (call, _) in cases.items()}
     random: Pool = {}
     for mode, (call, _) in cases.items():
@@ -193,11 +193,11 @@ def _case(
     return calls.get(mode, forward_backward), student.nbytes
 
 
-def _in_groups(call: Callable[[], None], each: int) -> Callable[[], None]:
-    """The call with so many heads in a group, twice as many in a forward pass alone."""
+def _in_groups(call: Callable[[], None], groups: int) -> Callable[[], None]:
+    """The call with so many groups of heads, half as many in a forward pass alone."""
 
     def called() -> None:
-        with patch.object(chunk_plan, "heads_together", lambda *shape: each):
+        with patch.object(chunk_plan, "count_groups", lambda *shape: groups):
             call()
 
     return called

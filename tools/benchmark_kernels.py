@@ -406,8 +406,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.heads % options.kv_heads != 0:
         raise UserError(f"--kv-heads: {options.kv_heads} does not divide --heads {options.heads}; name a divisor")
     for groups in options.head_groups:
-        if options.heads % groups != 0:
-            raise UserError(f"--head-groups: {groups} does not divide --heads {options.heads}; name a divisor")
+        if groups > options.heads:
+            raise UserError(f"--head-groups: {groups} are more than --heads {options.heads}; name fewer")
     for each in options.segments:
         if each.kind == "documents" and each.number > min(options.lengths):
             raise UserError(f"--segments: {each} has more documents than {min(options.lengths)} tokens; name fewer")

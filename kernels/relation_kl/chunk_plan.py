@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ _LONG_VISIT = 2**18
 # For this many groups of heads, two of which take less memory than their share of one GPU's, visits may be shorter.
 _GROUPS, _SHORT_VISIT = 8, 2**16
 # Those that a CUDA graph issues may be shorter still, and more; with less, programs of a visit do not fill the GPU.
-_CAPTURED_GROUPS, _CAPTURED_VISIT = 16, 2**14
+_CAPTURED_GROUPS, _CAPTURED_VISIT = 16, 3 * 2**12
 # Two groups are worked on at a time: with fewer in all, little memory is saved.
 _LEAST_GROUPS = 4
 
@@ -156,7 +157,7 @@ def _plan(rank: int, ranks: int, lengths: tuple[int, int], sees: list[list[bool]
 def head_groups(
     heads: int, key_heads: int, batch: int, rows: int, forward: bool = False, captured: bool = False
 ) -> list[tuple[slice, slice]]:
-    """Query heads and their key heads that are worked on together; all groups have as many.
+    """Query heads and their key heads that are worked on together; groups differ by one key head at most.
 
     Args:
         heads: H.
@@ -166,31 +167,30 @@ def head_groups(
         forward: there is no backward pass, which takes twice the time and the memory of a forward pass.
         captured: visits are issued by a graph: the host has little to do for a group.
     """
-    shared, count = heads // key_heads, heads_together(heads, key_heads, batch, rows, captured)
-    if forward and key_heads % (2 * count) == 0:
-        count *= 2
-    firsts = range(0, key_heads, count)
-    return [(slice(i * shared, (i + count) * shared), slice(i, i + count)) for i in firsts]
+    shared, groups = heads // key_heads, count_groups(heads, key_heads, batch, rows, captured)
+    if forward:
+        groups = -(-groups // 2)
+    ends = [key_heads * i // groups for i in range(groups + 1)]
+    return [(slice(i * shared, j * shared), slice(i, j)) for i, j in pairwise(ends)]
 
 
-def heads_together(heads: int, key_heads: int, batch: int, rows: int, captured: bool) -> int:
-    """Key heads of a group with a backward pass.
+def count_groups(heads: int, key_heads: int, batch: int, rows: int, captured: bool) -> int:
+    """Groups of heads with a backward pass.
 
-    As few as make a visit long beside its exchanges, or, where these would be fewer than `_GROUPS` groups, as make it
-    long enough. With less than `_LEAST_GROUPS` of them, all heads are one, but where visits are captured. The numbers
-    are the same on all ranks, and on all devices. Arguments as for `head_groups`.
+    As many as leave visits long beside their exchanges, or, where these would be fewer than `_GROUPS`, as leave them
+    long enough. Less than `_LEAST_GROUPS` are one, but where visits are captured. The numbers are the same on all
+    ranks, and on all devices. Arguments as for `head_groups`.
     """
     pairs = batch * (heads // key_heads) * (-(-rows // _TILE)) ** 2
-    divisors = [count for count in range(1, key_heads + 1) if key_heads % count == 0]
 
-    def fewest(visit: int, most_groups: int) -> int:
-        fitting = (count for count in divisors if count * pairs >= visit and key_heads // count <= most_groups)
-        return next(fitting, key_heads)
+    def most(visit: int, limit: int) -> int:
+        together = max(-(-visit // pairs), -(-key_heads // limit))  # key heads
+        return -(-key_heads // together)
 
     if captured:
-        return fewest(_CAPTURED_VISIT, _CAPTURED_GROUPS)
-    count = min(fewest(_LONG_VISIT, key_heads), fewest(_SHORT_VISIT, _GROUPS))
-    return count if key_heads // count >= _LEAST_GROUPS else key_heads
+        return most(_CAPTURED_VISIT, _CAPTURED_GROUPS)
+    groups = max(most(_LONG_VISIT, key_heads), most(_SHORT_VISIT, _GROUPS))
+    return groups if groups >= _LEAST_GROUPS else 1
 
 
 def _check_lengths(lengths: list[int]) -> None:

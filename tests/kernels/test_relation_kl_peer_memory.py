@@ -97,7 +97,7 @@ def count_bytes(folder: Path) -> None:
         reach = peer_memory.of_group(dist.group.WORLD, x.device)
         assert reach is not None
         parallel = peer_parallel.PeerParallel(reach, torch_backend, torch_visit)
-        patch.setattr(chunk_plan, "heads_together", lambda *shape: 2)
+        patch.setattr(chunk_plan, "count_groups", lambda *shape: 1)
         parallel.value_and_grad(operands, 1.0, None, g)
         # Of a lane, for both heads go together: two chunks of keys, and gradients of them, gradients of others' keys in
         # two places; keys of two chunks that were fetched, and a gradient that comes in. Numbers of rows are few.
@@ -174,8 +174,8 @@ def by_messages_on_gpus(dtype: torch.dtype, key_heads: int | None) -> None:
     """As `check_on_gpus`, which goes without messages on one host."""
     os.environ["RELATION_KL_PEER_MEMORY"] = "0"
     rank, ranks, device = dist.get_rank(), dist.get_world_size(), torch.device("cuda", dist.get_rank())
-    for each in (4, 1):
-        chunk_plan.heads_together = lambda *shape, each=each: min(each, shape[1])
+    for least in (True, False):
+        chunk_plan.count_groups = lambda *shape, least=least: 1 if least else shape[1]
         for shard, dim in ((9, 64), (300, 128)):
             for kind in ("one", "crossing", "documents"):
                 check(rank, ranks, dist.group.WORLD, dtype, key_heads, shard, kind, "triton", dim, device)
@@ -194,7 +194,7 @@ def many_calls_on_gpus() -> None:
     device = torch.device("cuda", rank)
     reach = peer_memory.of_group(group, device)
     assert reach is not None
-    chunk_plan.heads_together = lambda *shape: 1
+    chunk_plan.count_groups = lambda *shape: shape[1]
     torch.manual_seed(rank)
 
     def numbers(*shape: int) -> Tensor:
