@@ -21,7 +21,7 @@ _LONG_VISIT = 2**18
 # For this many groups of heads, two of which take less memory than their share of one GPU's, visits may be shorter.
 _GROUPS, _SHORT_VISIT = 8, 2**16
 # Those that a CUDA graph issues may be shorter still, and more; with less, programs of a visit do not fill the GPU.
-_CAPTURED_GROUPS, _CAPTURED_VISIT = 16, 3 * 2**12
+_CAPTURED_GROUPS, _CAPTURED_VISIT = 16, 10_000
 # Two groups are worked on at a time: with fewer in all, little memory is saved.
 _LEAST_GROUPS = 4
 
@@ -175,17 +175,17 @@ def head_groups(
 
 
 def count_groups(heads: int, key_heads: int, batch: int, rows: int, captured: bool) -> int:
-    """Groups of heads with a backward pass.
+    """Groups of heads with a backward pass: one, or an even number, for two are worked on at a time.
 
     As many as leave visits long beside their exchanges, or, where these would be fewer than `_GROUPS`, as leave them
-    long enough. Less than `_LEAST_GROUPS` are one, but where visits are captured. The numbers are the same on all
-    ranks, and on all devices. Arguments as for `head_groups`.
+    long enough; less than `_LEAST_GROUPS` are one, but where visits are captured. The number is the same on all ranks,
+    and on all devices. Arguments as for `head_groups`.
     """
-    pairs = batch * (heads // key_heads) * (-(-rows // _TILE)) ** 2
+    pairs = batch * heads * (-(-rows // _TILE)) ** 2
 
     def most(visit: int, limit: int) -> int:
-        together = max(-(-visit // pairs), -(-key_heads // limit))  # key heads
-        return -(-key_heads // together)
+        groups = min(pairs // visit, limit, key_heads)
+        return max(1, groups - groups % 2)
 
     if captured:
         return most(_CAPTURED_VISIT, _CAPTURED_GROUPS)

@@ -20,49 +20,54 @@ from test_relation_kl_group import check, on_gpus, spawn
 @pytest.mark.parametrize(
     "heads, key_heads, batch, rows, groups, each",
     [
-        (32, 32, 1, 2**15, 8, (4, 4)),  # 128K tokens on 2 ranks
-        (32, 32, 1, 2**14, 8, (4, 4)),  # and on 4: shorter visits, for as many groups
-        (32, 32, 1, 2**13, 1, (32, 32)),  # two groups would take no less memory
-        (32, 32, 1, 12288, 4, (8, 8)),
-        (32, 32, 1, 2**17, 32, (1, 1)),
-        (32, 8, 1, 2**15, 8, (4, 1)),
-        (32, 32, 4, 2**15, 32, (1, 1)),
-        (32, 32, 1, 2**14 - 128, 4, (8, 8)),
-        (12, 12, 1, 2**15, 6, (2, 2)),
-        (16, 16, 1, 2**15, 8, (2, 2)),
-        (10, 10, 1, 2**16, 10, (1, 1)),
-        (7, 7, 1, 2**14, 1, (7, 7)),
-        (4, 1, 1, 9, 1, (4, 1)),
+        (32, 32, 1, 2**15, 8, {4}),  # 128K tokens on 2 ranks
+        (32, 32, 1, 2**14, 8, {4}),  # and on 4: shorter visits, for as many groups
+        (32, 32, 1, 2**13, 1, {32}),  # two groups would take no less memory
+        (32, 32, 1, 12288, 4, {8}),
+        (32, 32, 1, 2**17, 32, {1}),
+        (32, 8, 1, 2**15, 8, {1}),
+        (32, 32, 4, 2**15, 32, {1}),
+        (32, 32, 1, 2**14 - 128, 6, {5, 6}),  # 7 would not go two at a time
+        (12, 12, 1, 2**15, 8, {1, 2}),
+        (16, 16, 1, 2**15, 8, {2}),
+        (10, 10, 1, 2**16, 10, {1}),
+        (28, 4, 1, 2**14, 4, {1}),
+        (7, 7, 1, 2**14, 1, {7}),
+        (4, 1, 1, 9, 1, {1}),
     ],
 )
-def test_groups_have_long_visits_and_are_all_of_a_size(
-    heads: int, key_heads: int, batch: int, rows: int, groups: int, each: tuple[int, int]
+def test_groups_have_long_visits_and_are_of_about_a_size(
+    heads: int, key_heads: int, batch: int, rows: int, groups: int, each: set[int]
 ) -> None:
     found = head_groups(heads, key_heads, batch, rows)
     assert len(found) == groups
-    assert {(q.stop - q.start, k.stop - k.start) for q, k in found} == {each}
-    assert [i for q, _ in found for i in range(heads)[q]] == list(range(heads))
-    assert [i for _, k in found for i in range(key_heads)[k]] == list(range(key_heads))
+    assert {k.stop - k.start for _, k in found} == each
     forward = head_groups(heads, key_heads, batch, rows, forward=True)
-    assert len(forward) == (groups // 2 if groups % 2 == 0 else groups)
-    assert [i for q, _ in forward for i in range(heads)[q]] == list(range(heads))
+    assert len(forward) == (groups // 2 if groups > 1 else 1)
+    for parts in (found, forward):
+        assert [i for q, _ in parts for i in range(heads)[q]] == list(range(heads))
+        assert [i for _, k in parts for i in range(key_heads)[k]] == list(range(key_heads))
+        shared = heads // key_heads
+        assert all((q.start, q.stop) == (k.start * shared, k.stop * shared) for q, k in parts)
 
 
 @pytest.mark.parametrize(
-    "heads, key_heads, rows, groups",
+    "heads, key_heads, rows, groups, most",
     [
-        (32, 32, 2**14, 16),
-        (32, 32, 2**13, 8),
-        (32, 32, 2**12, 2),
-        (32, 32, 2**8, 1),
-        (32, 8, 2**13, 8),
-        (7, 7, 2**14, 7),
+        (32, 32, 2**14, 16, 2),
+        (32, 32, 2**13, 12, 3),
+        (32, 32, 2**12, 2, 16),
+        (32, 32, 2**8, 1, 32),
+        (32, 8, 2**13, 8, 1),
+        (7, 7, 2**14, 6, 2),
     ],
 )
-def test_captured_groups_are_smaller(heads: int, key_heads: int, rows: int, groups: int) -> None:
-    """With 16 of them, of which two are worked on, a rank takes 9 / 16 of its share of one GPU's memory."""
+def test_captured_groups_are_smaller(heads: int, key_heads: int, rows: int, groups: int, most: int) -> None:
+    """Two groups are worked on, in 9 chunks each of what four of a whole would be: with three of 32 heads a rank takes
+    9 / 8 * 3 / 4 of its share of one GPU's memory."""
     found = head_groups(heads, key_heads, 1, rows, captured=True)
-    assert len(found) == groups and [i for _, k in found for i in range(key_heads)[k]] == list(range(key_heads))
+    assert len(found) == groups and max(k.stop - k.start for _, k in found) == most
+    assert [i for _, k in found for i in range(key_heads)[k]] == list(range(key_heads))
 
 
 def _pieces(count: int, log: list[str]) -> list[Iterator[None]]:
@@ -113,7 +118,7 @@ def many_groups() -> None:
     ids = (torch.arange(8)[None] + 8 * rank).expand(2, -1) // 5
     grad = torch.randn(2, 6, 8)
     found = []
-    for pairs in (512, 1):  # 1 group and 3
+    for pairs in (512, 1):  # 1 group and 2, of one key head and of two
         _in_groups(pairs)
         leaves = [x.clone().requires_grad_() for x in (q, k)]
         rows = rk.attention_kl(*leaves, q_t, k_t, segment_ids=ids, group=group, backend="torch")
