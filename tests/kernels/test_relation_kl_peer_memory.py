@@ -200,8 +200,8 @@ def many_calls_on_gpus() -> None:
     def numbers(*shape: int) -> Tensor:
         return torch.randn(*shape, 128, dtype=torch.bfloat16, device=device)
 
-    def apart(x: Tensor, y: Tensor, g: Tensor) -> list[Tensor]:
-        rows = rk.relation_kl(x, y, group=group)
+    def apart(x: Tensor, y: Tensor, g: Tensor, ids: Tensor | None = None) -> list[Tensor]:
+        rows = rk.relation_kl(x, y, segment_ids=ids, group=group)
         return [rows.detach(), *torch.autograd.grad(rows, [x], g)]
 
     calls: list[Any] = []
@@ -209,17 +209,21 @@ def many_calls_on_gpus() -> None:
         x, y, g = numbers(1, 8, shard).requires_grad_(), numbers(1, 8, shard), torch.randn(1, 8, shard, device=device)
         k, k_t = numbers(1, 2, shard), numbers(1, 2, shard)
         ids = (torch.arange(shard, device=device)[None] + rank * shard) // (shard + 100)
+        # One document is on two ranks: rank 1 takes no keys of others, and further ones nothing at all.
+        token = torch.arange(shard, device=device)[None]
+        few = torch.where((token < 20) & (rank == 1), (shard - 1) // 50, token // 50 + 1000 * rank)
         calls += [
             lambda x=x, y=y, g=g: rk.relation_kl_value_and_grad(x, y, g, group=group),
             lambda x=x, y=y, g=g: apart(x, y, g),
             lambda x=x, y=y, k=k, k_t=k_t, g=g: rk.attention_kl_value_and_grad(x, k, y, k_t, g, group=group),
             lambda x=x, y=y, g=g, ids=ids: rk.relation_kl_value_and_grad(x, y, g, segment_ids=ids, group=group),
+            lambda x=x, y=y, g=g, few=few: apart(x, y, g, few),
         ]
     streams = [torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()]
     torch.cuda.synchronize()
     found = []
     for i in range(12 * len(calls)):
-        with torch.cuda.stream(streams[i % 5 % 3]):
+        with torch.cuda.stream(streams[i % 7 % 3]):
             found.append([x.detach() for x in calls[i % len(calls)]()])
     torch.cuda.synchronize()
     graphs = [x for lane in reach.lanes for frame in lane.kept.values() for x in frame.graphs.values()]
