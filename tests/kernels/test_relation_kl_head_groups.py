@@ -63,8 +63,8 @@ def test_groups_have_long_visits_and_are_of_about_a_size(
     ],
 )
 def test_captured_groups_are_smaller(heads: int, key_heads: int, rows: int, groups: int, most: int) -> None:
-    """Two groups are worked on, in 9 chunks each of what four of a whole would be: with three of 32 heads a rank takes
-    9 / 8 * 3 / 4 of its share of one GPU's memory."""
+    """Two groups are under way, each in 9 chunks of half a shard: with 3 of 32 heads these are 2 * 9 / 2 * 3 / 32, or
+    27 / 32, of a rank's share of one GPU's gradient in float32."""
     found = head_groups(heads, key_heads, 1, rows, captured=True)
     assert len(found) == groups and max(k.stop - k.start for _, k in found) == most
     assert [i for _, k in found for i in range(key_heads)[k]] == list(range(key_heads))
