@@ -14,7 +14,7 @@ from .hopper_backward import backward_kernel
 from .hopper_forward import REGISTERS, forward_kernel
 from .hopper_gradient import finish_kernel
 from .launch import launch
-from .tiles import BACKWARD_TOGETHER, FORWARD_TOGETHER, HOPPER_ROWS, Pipeline, divide_last_wave, grid
+from .tiles import BACKWARD_TOGETHER, FORWARD_TOGETHER, HOPPER_BLOCK, HOPPER_ROWS, Pipeline, divide_last_wave, grid
 from .torch_backend import Operands
 from .torch_visit import Visit
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 LOG2_E = 1.4426950408889634
 _TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-_HALF = HOPPER_ROWS // 2
 # Programs have 4 warps to begin with; the kernels call for the others. Fused multiply-adds do no harm here: those
 # whose rounding matters are written out, and what must cancel is computed alike for student and teacher.
 OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
@@ -51,7 +50,7 @@ def forward(
         operands: bf16 or fp16, for which `can_fetch` holds.
         softmax_scale: factor of the logits.
         pipeline: from `tiles.pick_pipeline`.
-        of_rows: `segment_kernels.starts_and_bounds(ids, 128, pipeline.block_n)`; or None.
+        of_rows: `segment_kernels.starts_and_bounds(ids, 64, 64)`; or None.
 
     Returns:
         kl, sum_s, sum_t: float32 [B, H, T]; flags: int32 [B, H, row tiles, 2],
@@ -66,7 +65,7 @@ def forward(
     launch(
         forward_kernel,
         grid(tiles, batch * heads, 2 * multiprocessors(q.device), FORWARD_TOGETHER),
-        *descriptors(operands, pipeline.forward_n, pipeline.block_d),
+        *descriptors(operands, pipeline.block_d),
         *(of_rows or (flags, flags)),
         kl,
         kl,
@@ -80,7 +79,7 @@ def forward(
         0,
         seq_len,
         softmax_scale * LOG2_E,
-        **{"N": pipeline.forward_n, "D": pipeline.block_d, "K": pipeline.block_k, "SLOTS": pipeline.slots},
+        **{"N": HOPPER_BLOCK, "D": pipeline.block_d, "K": pipeline.block_k, "SLOTS": pipeline.slots},
         **{"SEGMENTS": of_rows is not None, "VISIT": False},
         **_FORWARD_OPTIONS,
     )
@@ -114,7 +113,7 @@ def backward(
     """
     q, k = operands.student_q, operands.student_k
     batch, heads, seq_len, channels = q.shape
-    tiles = -(-seq_len // HOPPER_ROWS)
+    tiles = -(-seq_len // (HOPPER_BLOCK * pipeline.parts))
     key_grad = torch.empty(gradient_shape(k, pipeline), dtype=torch.float32, device=k.device)
     grad = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     of_keys = None if operands.self_relation else torch.empty(k.shape, dtype=k.dtype, device=k.device)
@@ -124,7 +123,7 @@ def backward(
     launch(
         backward_kernel,
         min(tiles * batch * heads, multiprocessors(q.device)),
-        *descriptors(operands, pipeline.block_n, pipeline.block_d),
+        *descriptors(operands, pipeline.block_d),
         *(segments or (sum_s, sum_s, sum_s)),
         sum_s,
         sum_t,
@@ -151,8 +150,9 @@ def backward(
         softmax_scale * LOG2_E,
         softmax_scale,
         channels=channels,
-        **{"N": pipeline.block_n, "D": pipeline.block_d, "K": pipeline.block_k, "SEGMENTS": segments is not None},
-        **{"SELF": operands.self_relation, "NARROW": unit is not None, "VISIT": False},
+        **_backward_shapes(pipeline),
+        **{"SEGMENTS": segments is not None, "SELF": operands.self_relation, "NARROW": unit is not None},
+        **{"VISIT": False},
         **OPTIONS,
     )
     finish(key_grad, softmax_scale, unit, pipeline, grad if of_keys is None else of_keys)
@@ -162,7 +162,7 @@ def backward(
 def gradient_shape(x: Tensor, pipeline: Pipeline) -> tuple[int, ...]:
     """Of the float32 buffer in which the gradient of x [B, H, T, D] is added up, in register order."""
     batch, heads, tokens, _ = x.shape
-    return batch, heads, -(-tokens // _HALF), pipeline.block_k // 4, 256
+    return batch, heads, -(-tokens // HOPPER_BLOCK), pipeline.block_k // 4, 256
 
 
 def finish(grad: Tensor, factor: float, unit: Tensor | None, pipeline: Pipeline, out: Tensor) -> None:
@@ -170,7 +170,7 @@ def finish(grad: Tensor, factor: float, unit: Tensor | None, pipeline: Pipeline,
     batch, heads, tokens, channels = out.shape
     launch(
         finish_kernel,
-        -(-tokens // _HALF) * batch * heads,
+        -(-tokens // HOPPER_BLOCK) * batch * heads,
         grad,
         grad if unit is None else unit,
         out,
@@ -211,7 +211,7 @@ def forward_visit(
     launch(
         forward_kernel,
         grid(tiles, batch * heads, 2 * multiprocessors(a.device), FORWARD_TOGETHER),
-        *descriptors(Operands(visit.q_s, visit.k_s, visit.q_t, visit.k_t, False), pipeline.forward_n, pipeline.block_d),
+        *descriptors(Operands(visit.q_s, visit.k_s, visit.q_t, visit.k_t, False), pipeline.block_d),
         *(of_rows or (flags, flags)),
         a,
         *pivots,
@@ -224,7 +224,7 @@ def forward_visit(
         places.first_row,
         places.keys_end,
         softmax_scale * LOG2_E,
-        **{"N": pipeline.forward_n, "D": pipeline.block_d, "K": pipeline.block_k, "SLOTS": pipeline.slots},
+        **{"N": HOPPER_BLOCK, "D": pipeline.block_d, "K": pipeline.block_k, "SLOTS": pipeline.slots},
         **{"SEGMENTS": of_rows is not None, "VISIT": True},
         **_FORWARD_OPTIONS,
     )
@@ -256,15 +256,16 @@ def backward_visit(
         k_grad: of the keys, in register order.
     """
     batch, heads, rows, channels = visit.q_s.shape
-    tiles = -(-rows // HOPPER_ROWS) * batch * heads
+    own_tiles = -(-rows // (HOPPER_BLOCK * pipeline.parts))
+    tiles = own_tiles * batch * heads
     whole, parts = tiles, 1
     if segments is None and not visit.diagonal:
-        whole, parts = divide_last_wave(tiles, -(-places.keys_end // pipeline.block_n), multiprocessors(k_grad.device))
+        whole, parts = divide_last_wave(tiles, -(-places.keys_end // HOPPER_BLOCK), multiprocessors(k_grad.device))
     items = whole + (tiles - whole) * parts
     launch(
         backward_kernel,
         items,  # a piece each: between them the exchanges' kernels find multiprocessors
-        *descriptors(Operands(visit.q_s, visit.k_s, visit.q_t, visit.k_t, False), pipeline.block_n, pipeline.block_d),
+        *descriptors(Operands(visit.q_s, visit.k_s, visit.q_t, visit.k_t, False), pipeline.block_d),
         *(segments or (row_grad, row_grad, row_grad)),
         *statistics,
         row_grad,
@@ -276,7 +277,7 @@ def backward_visit(
         heads,
         heads // visit.k_s.shape[1],
         1,
-        -(-rows // HOPPER_ROWS),
+        own_tiles,
         items,
         1,
         0,
@@ -288,8 +289,8 @@ def backward_visit(
         softmax_scale * LOG2_E,
         1.0,
         channels=channels,
-        **{"N": pipeline.block_n, "D": pipeline.block_d, "K": pipeline.block_k, "SEGMENTS": segments is not None},
-        **{"SELF": False, "NARROW": False, "VISIT": True},
+        **_backward_shapes(pipeline),
+        **{"SEGMENTS": segments is not None, "SELF": False, "NARROW": False, "VISIT": True},
         **OPTIONS,
     )
 
@@ -301,15 +302,15 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def descriptors(operands: Operands, keys: int, channels: int) -> tuple[TensorDescriptor, ...]:
-    """Of student_q, student_k, teacher_q and teacher_k, keys so many at a time."""
-    q, k = (_HALF, channels), (keys, channels)
-    return (
-        descriptor(operands.student_q, *q),
-        descriptor(operands.student_k, *k),
-        descriptor(operands.teacher_q, *q),
-        descriptor(operands.teacher_k, *k),
-    )
+def _backward_shapes(pipeline: Pipeline) -> dict[str, int]:
+    of_vectors = {"D": pipeline.block_d, "K": pipeline.block_k, "PARTS": pipeline.parts}
+    return of_vectors | {"SLOTS": pipeline.tile_slots, "STAGES": pipeline.grad_slots}
+
+
+def descriptors(operands: Operands, channels: int) -> tuple[TensorDescriptor, ...]:
+    """Of student_q, student_k, teacher_q and teacher_k, in blocks of 64 tokens."""
+    tensors = operands.student_q, operands.student_k, operands.teacher_q, operands.teacher_k
+    return tuple(descriptor(x, HOPPER_BLOCK, channels) for x in tensors)
 
 
 def _gradient_descriptor(grad: Tensor, pipeline: Pipeline) -> TensorDescriptor:

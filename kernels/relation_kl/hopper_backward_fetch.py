@@ -1,4 +1,5 @@
-"""The warp of the Hopper backward kernel that takes row tiles and fetches their rows and keys."""
+"""The warp of the Hopper backward kernel that takes row tiles and fetches their rows and keys, and how it tells the
+others of them."""
 
 # What the decorators make of these functions is not what pyright reads.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -9,8 +10,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from .hopper_common import HALF_ROWS, ROWS, bounds_of, last_keys, post, span
+from .hopper_common import BLOCK, barrier, bounds_of_rows, next_slot
 from .hopper_gradient import wait_zeroed
+
+# What a row tile is told of by: these, and for each of three warpgroups lo + what its rows are, and lo_full
+# (`segment_kernels.tile_bounds`).
+SEQUENCE, TILE, LAST, COUNT, BEGIN = (gl.constexpr(i) for i in range(5))
+LO, LO_FULL, FIELDS = gl.constexpr(5), gl.constexpr(8), gl.constexpr(16)
 
 
 @gluon.jit
@@ -24,30 +30,45 @@ def turned(j, tile, begin, count, VISIT: gl.constexpr):
 
 
 @gluon.jit
-def _fetch_keys(
-    k_s, k_t, at, fetched, ring_s, ring_t, ready_s, ready_t, free_s, free_t, N: gl.constexpr, D: gl.constexpr
-):  # fmt: skip
-    """A tile of keys, the student's and the teacher's, after `fetched` others."""
-    slot = fetched % 2
-    mbarrier.wait(free_s.index(slot), ((fetched // 2) & 1) ^ 1)
-    mbarrier.expect(ready_s.index(slot), N * D * 2)
-    tma.async_copy_global_to_shared(k_s, at, ready_s.index(slot), ring_s.index(slot))
-    mbarrier.wait(free_t, (fetched & 1) ^ 1)
-    mbarrier.expect(ready_t, N * D * 2)
-    tma.async_copy_global_to_shared(k_t, at, ready_t, ring_t.index(0))
+def received(box, posted, taken, phase):
+    """The fields of the next row tile, in each of the warpgroups."""
+    mbarrier.wait(posted, phase)
+    x = box.load(gl.BlockedLayout([FIELDS], [32], [4], [0]))
+    mbarrier.arrive(taken)
+    return x
+
+
+@gluon.jit
+def field(x, number: gl.constexpr):
+    return gl.sum(gl.where(gl.arange(0, FIELDS, x.type.layout) == number, x, 0), 0)
+
+
+@gluon.jit
+def _fetch_keys(k_s, k_t, at, slot, phase, ring, ready, free, SLOTS: gl.constexpr):
+    """A tile of keys, the student's and the teacher's; returns which buffers are next then."""
+    mbarrier.wait(free.index(slot), phase)
+    mbarrier.expect(ready.index(slot), 2 * ring.shape[3] * ring.shape[4] * 2)
+    tma.async_copy_global_to_shared(k_s, at, ready.index(slot), ring.index(2 * slot))
+    tma.async_copy_global_to_shared(k_t, at, ready.index(slot), ring.index(2 * slot + 1))
+    return next_slot(slot, phase, SLOTS)
 
 
 @gluon.jit
 def fetch_row_tiles(
-    q_s, k_s, q_t, k_t, bounds, progress, heads, group, together, own_tiles, items, most, seq_len, first_row, keys_end,
-    whole, parts, box, posted, taken, own, own_ready, ring_s, ring_t, ready_s, ready_t, free_s, free_t,
-    N: gl.constexpr, D: gl.constexpr, SEGMENTS: gl.constexpr, VISIT: gl.constexpr,
+    given, PARTS: gl.constexpr, SLOTS: gl.constexpr, SEGMENTS: gl.constexpr, VISIT: gl.constexpr
 ):  # fmt: skip
-    """Take row tiles, one after the other, and fetch their rows and the tiles of keys that they see: two buffers for
-    the student's, which are used twice, one for the teacher's. The next row tile's first keys come while the last one's
-    are used."""
-    tiles = gl.cdiv(seq_len, ROWS)
-    fetched = gl.to_tensor(0)
+    """Take row tiles, one after the other, and fetch their rows and the tiles of keys that they see. The next row
+    tile's first keys come while the last one's are used."""
+    (
+        q_s, k_s, q_t, k_t, bounds, progress, heads, group, together, own_tiles, items, most, seq_len, first_row,
+        keys_end, whole, parts, box, posted, taken, own, own_ready, student_free, teacher_free, ring, ready, free,
+    ) = given  # fmt: skip
+    ROWS: gl.constexpr = PARTS * BLOCK
+    LAYOUT: gl.constexpr = gl.BlockedLayout([FIELDS], [32], [1], [0])
+    names = gl.arange(0, FIELDS, LAYOUT)
+    blocks = gl.cdiv(seq_len, BLOCK)
+    slot = gl.to_tensor(0)
+    phase = gl.to_tensor(1)
     done = gl.to_tensor(0)
     number = gl.program_id(0)
     if not VISIT:
@@ -58,48 +79,58 @@ def fetch_row_tiles(
         if VISIT:
             part = gl.where(number >= whole, (number - whole) % parts, 0)
             place = gl.where(number >= whole, whole + (number - whole) // parts, number)
-        tile = tiles - 1 - place // together % own_tiles
+        tile = own_tiles - 1 - place // together % own_tiles
         sequence = place // (together * own_tiles) * together + place % together
         batch = sequence // heads
         head = sequence % heads
-        key_head = head // group
-        last = last_keys(tile, keys_end, N, VISIT)
-        lo, lo_full, kind = bounds_of(bounds + (batch * tiles + tile) * 5, SEGMENTS)
-        first = tile * ROWS
+        start = first_row + tile * ROWS
+        # From the last tile of keys that the row tile may see it goes backwards.
+        last = gl.minimum(start + ROWS, blocks * BLOCK) - BLOCK
+        if VISIT:
+            last = gl.minimum(last, gl.cdiv(keys_end, BLOCK) * BLOCK - BLOCK)
+        x = gl.where(names == SEQUENCE, sequence, gl.where(names == TILE, tile, last))
+        lo = gl.to_tensor(0)
+        if SEGMENTS:
+            lo = start
+            for i in gl.static_range(PARTS):
+                own_lo, lo_full, kind = bounds_of_rows(bounds, batch, start // BLOCK + i, blocks)
+                lo = gl.minimum(lo, own_lo)
+                x = gl.where(names == LO + i, own_lo + kind, gl.where(names == LO_FULL + i, lo_full, x))
         begin = 0
         count = 1  # enough for the first tile of keys, but in a visit
         if VISIT:
-            first -= first_row
-            count, full = span(last, lo, lo_full, N, VISIT)
+            count = gl.maximum((last + BLOCK - lo) // BLOCK, 1)
             begin = gl.where(number >= whole, count * part // parts, 0)
             count = gl.where(number >= whole, count * (part + 1) // parts, count) - begin
-        at = [batch, key_head, last - turned(0, tile, begin, count, VISIT) * N, 0]
-        _fetch_keys(k_s, k_t, at, fetched, ring_s, ring_t, ready_s, ready_t, free_s, free_t, N, D)
-        fetched += 1
+        at = [batch, head // group, last - turned(0, tile, begin, count, VISIT) * BLOCK, 0]
+        slot, phase = _fetch_keys(k_s, k_t, at, slot, phase, ring, ready, free, SLOTS)
         mbarrier.wait(taken, (done & 1) ^ 1)
         if not VISIT:
-            # Behind that wait: before it ptxas would have the teacher's keys wait for the bounds, too.
-            count, full = span(last, lo, lo_full, N, VISIT)
-        post(box, posted, batch, head, key_head, tile, last, count, full * 8 + kind, begin)
+            # Behind that wait: before it ptxas would have the keys wait for the bounds, too.
+            count = (last + BLOCK - lo) // BLOCK
+        box.store(gl.where(names == COUNT, count, gl.where(names == BEGIN, begin, x)))
+        barrier()
+        mbarrier.arrive(posted)
         if not VISIT:
             # While the keys come, but before arriving at own_ready: whoever has the rows adds to the gradient.
-            wait_zeroed(progress + 2 + sequence // group, own_tiles)
-        # The last row tile is done with its rows as soon as it is with its last keys; the useless teacher's product
-        # after those may read what comes.
-        before = fetched - 2
-        mbarrier.wait(free_s.index(fetched % 2), (before // 2) & 1, pred=before >= 0)
-        mbarrier.expect(own_ready, 2 * ROWS * D * 2)
-        for i in gl.static_range(2):
-            here = [batch, head, first + i * HALF_ROWS, 0]
+            wait_zeroed(progress + 2 + sequence // group, gl.cdiv(seq_len, 2 * BLOCK))
+        mbarrier.wait(teacher_free, (done & 1) ^ 1)
+        mbarrier.expect(own_ready, 2 * ROWS * own.shape[4] * 2)
+        for i in gl.static_range(PARTS):
+            here = [batch, head, tile * ROWS + i * BLOCK, 0]
+            tma.async_copy_global_to_shared(q_t, here, own_ready, own.index(PARTS + i))
+        mbarrier.wait(student_free, (done & 1) ^ 1)
+        for i in gl.static_range(PARTS):
+            here = [batch, head, tile * ROWS + i * BLOCK, 0]
             tma.async_copy_global_to_shared(q_s, here, own_ready, own.index(i))
-            tma.async_copy_global_to_shared(q_t, here, own_ready, own.index(2 + i))
         for j in range(1, count):
-            at = [batch, key_head, last - turned(j, tile, begin, count, VISIT) * N, 0]
-            _fetch_keys(k_s, k_t, at, fetched, ring_s, ring_t, ready_s, ready_t, free_s, free_t, N, D)
-            fetched += 1
+            at = [batch, head // group, last - turned(j, tile, begin, count, VISIT) * BLOCK, 0]
+            slot, phase = _fetch_keys(k_s, k_t, at, slot, phase, ring, ready, free, SLOTS)
         done += 1
         number = items
         if not VISIT:
             number = gl.where(done < most, gl.atomic_add(progress, 1, mask=done < most, sem="relaxed"), items)
     mbarrier.wait(taken, (done & 1) ^ 1)
-    post(box, posted, 0, 0, 0, 0, 0, 0, 0, 0)
+    box.store(gl.zeros([FIELDS], gl.int32, LAYOUT))
+    barrier()
+    mbarrier.arrive(posted)

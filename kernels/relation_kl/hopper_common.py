@@ -19,9 +19,9 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
 
-from .tiles import HOPPER_ROWS
+from .tiles import HOPPER_BLOCK, HOPPER_ROWS
 
 # Triton 3.7 renamed it.
 barrier = getattr(gl, "barrier" if hasattr(gl, "barrier") else "thread_barrier")
@@ -30,12 +30,22 @@ MASKED = gl.constexpr(-1e30)
 # Rows of a row tile, and of one of the two warpgroups.
 ROWS = gl.constexpr(HOPPER_ROWS)
 HALF_ROWS = gl.constexpr(HOPPER_ROWS // 2)
+# Rows of a warpgroup and, up to 128 channels, keys of a tile.
+BLOCK = gl.constexpr(HOPPER_BLOCK)
 
 
 @gluon.jit
 def exponent(x, scale, offset):
     """x * scale - the row's offset, in one operation."""
     return gl.fma(x, gl.full_like(x, scale), gl.zeros_like(x) - offset[:, None])
+
+
+@gluon.jit
+def next_slot(slot, phase, SLOTS: gl.constexpr):
+    """The next buffer of a ring, and the phase of its barrier."""
+    slot += 1
+    wrap = slot == SLOTS
+    return gl.where(wrap, 0, slot), phase ^ wrap.to(gl.int32)
 
 
 @gluon.jit
@@ -130,6 +140,18 @@ def bounds_of(bounds, SEGMENTS: gl.constexpr):
 
 
 @gluon.jit
+def bounds_of_rows(bounds, batch, block, blocks):
+    """(lo, lo_full, what the rows are) of 64 rows by `segment_kernels.tile_bounds`, of which there are `blocks` a
+    sequence; of rows behind its end that they see nothing."""
+    place = bounds + (batch * blocks + block) * 5
+    nowhere = (block + 1) * BLOCK
+    lo = gl.load(place, mask=block < blocks, other=nowhere)
+    lo_full = gl.load(place + 1, mask=block < blocks, other=nowhere)
+    kind = gl.load(place + 4, mask=block < blocks, other=0)
+    return lo, lo_full, kind
+
+
+@gluon.jit
 def span(last, lo, lo_full, N: gl.constexpr, VISIT: gl.constexpr):
     """(tiles of keys to visit from the last one backwards, one at least; how many of them, counted from there, need no
     mask but in the first)."""
@@ -137,36 +159,3 @@ def span(last, lo, lo_full, N: gl.constexpr, VISIT: gl.constexpr):
     if VISIT:
         count = gl.maximum(count, 1)
     return count, gl.maximum(gl.cdiv(last + N - lo_full, N), 1)
-
-
-@gluon.jit
-def post(box, posted, batch, head, key_head, tile, last, count, full, begin):
-    """In backward, from the warp that fetches, which has waited until the last box was `taken`: tell both warpgroups of
-    a row tile; a count of 0 is the end."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([8], [32], [1], [0])
-    field = gl.arange(0, 8, LAYOUT)
-    x = gl.where(field == 0, batch, gl.where(field == 1, head, gl.where(field == 2, key_head, tile)))
-    x = gl.where(field == 4, last, gl.where(field == 5, count, gl.where(field == 6, full, x)))
-    x = gl.where(field == 7, begin, x)
-    box.store(x)
-    barrier()
-    mbarrier.arrive(posted)
-
-
-@gluon.jit
-def receive(box, posted, taken, phase):
-    """What `post` was given, in one of the two warpgroups."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([8], [32], [4], [0])
-    field = gl.arange(0, 8, LAYOUT)
-    mbarrier.wait(posted, phase)
-    x = box.load(LAYOUT)
-    mbarrier.arrive(taken)
-    batch = gl.sum(gl.where(field == 0, x, 0), 0)
-    head = gl.sum(gl.where(field == 1, x, 0), 0)
-    key_head = gl.sum(gl.where(field == 2, x, 0), 0)
-    tile = gl.sum(gl.where(field == 3, x, 0), 0)
-    last = gl.sum(gl.where(field == 4, x, 0), 0)
-    count = gl.sum(gl.where(field == 5, x, 0), 0)
-    full = gl.sum(gl.where(field == 6, x, 0), 0)
-    begin = gl.sum(gl.where(field == 7, x, 0), 0)
-    return batch, head, key_head, tile, last, count, full, begin

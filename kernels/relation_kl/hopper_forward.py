@@ -19,18 +19,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper_common import (
+    BLOCK,
     HALF_ROWS,
     MASKED,
     ROWS,
-    bounds_of,
+    bounds_of_rows,
     exponent,
     last_keys,
     logits,
+    next_slot,
     own_logits,
     seen,
     span,
 )
-from .segment_kernels import ALIKE, GENERAL
+from .segment_kernels import GENERAL
 
 # Registers a thread with which a program begins: two programs, of three warpgroups each, fit a multiprocessor. Later
 # those that compute have 112 and 104, and the third, of which one warp fetches and the others do nothing, 24.
@@ -44,14 +46,6 @@ _LN2 = gl.constexpr(0.6931471805599453)
 def partial_sum(x):
     """[R, C] -> [R, 8]: the sums that need no exchange between threads; those are added up once at the end."""
     return gl.sum(x.reshape([x.shape[0], x.shape[1] // 8, 8]), 1)
-
-
-@gluon.jit
-def next_slot(slot, phase, SLOTS: gl.constexpr):
-    """The next buffer of a ring, and the phase of its barrier."""
-    slot += 1
-    wrap = slot == SLOTS
-    return gl.where(wrap, 0, slot), phase ^ wrap.to(gl.int32)
 
 
 @gluon.jit
@@ -72,18 +66,16 @@ def _fetch_keys(k, at, slot, phase, ring, ready, free, N: gl.constexpr, D: gl.co
 
 @gluon.jit
 def _span(last, lo, lo_full, kind, N: gl.constexpr, SEGMENTS: gl.constexpr, VISIT: gl.constexpr):
-    """As `span`; of a row tile that the general kernel does again no more than its own tokens."""
+    """As `span`, of 64 rows; of those that the general kernel does again no more than their own tokens."""
     count, full = span(last, lo, lo_full, N, VISIT)
     if SEGMENTS:
-        count = gl.where(kind & GENERAL != 0, ROWS // N, count)
-        # The bounds do not say which of its own tokens a row sees.
-        full = gl.where(kind == ALIKE, full, 1)
+        count = gl.where(kind & GENERAL != 0, ROWS // N, gl.maximum(count, 1))
     return count, full
 
 
 @gluon.jit
 def _forward_fetch(
-    k_s, k_t, bounds, batch, key_head, last, ring, ready, free,
+    k_s, k_t, bounds, batch, key_head, tile, last, seq_len, ring, ready, free,
     N: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, SEGMENTS: gl.constexpr, VISIT: gl.constexpr,
 ):  # fmt: skip
     """Fetch the tiles of keys, the student's and the teacher's in turn, in the order in which they are used."""
@@ -93,8 +85,13 @@ def _forward_fetch(
     at = [batch, key_head, last, 0]
     slot, phase = _fetch_keys(k_s, at, slot, phase, ring, ready, free, N, D, SLOTS)
     slot, phase = _fetch_keys(k_t, at, slot, phase, ring, ready, free, N, D, SLOTS)
-    lo, lo_full, kind = bounds_of(bounds, SEGMENTS)
-    count, _ = _span(last, lo, lo_full, kind, N, SEGMENTS, VISIT)
+    count, _ = span(last, 0, 0, N, VISIT)
+    if SEGMENTS:
+        count = 1
+        for i in gl.static_range(2):
+            lo, lo_full, kind = bounds_of_rows(bounds, batch, 2 * tile + i, gl.cdiv(seq_len, BLOCK))
+            of_half, _ = _span(last, lo, lo_full, kind, N, SEGMENTS, VISIT)
+            count = gl.maximum(count, of_half)
     for j in range(1, count):
         at = [batch, key_head, last - j * N, 0]
         slot, phase = _fetch_keys(k_s, at, slot, phase, ring, ready, free, N, D, SLOTS)
@@ -140,7 +137,7 @@ def _add_keys(
 
 @gluon.jit
 def _forward_rows(
-    starts, bounds, kl, pivot_s, pivot_t, sum_s, sum_t, flags, sequence, tile_start, last, seq_len,
+    starts, bounds, kl, pivot_s, pivot_t, sum_s, sum_t, flags, sequence, batch, tile, last, seq_len,
     first_row, keys_end, log2_scale, own_s, own_t, own_ready, ring, ready, free,
     HALF: gl.constexpr, N: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SLOTS: gl.constexpr, SEGMENTS: gl.constexpr,
     VISIT: gl.constexpr,
@@ -152,13 +149,16 @@ def _forward_rows(
     what the rows see is no run of keys (GENERAL). In a visit the pivots are given, and sums are added to those that are
     there, unless the flag is raised.
     """
-    lo, lo_full, kind = bounds_of(bounds, SEGMENTS)
+    lo, lo_full, kind, other_lo, other_kind = 0, 0, 0, 0, 0
+    if SEGMENTS:
+        lo, lo_full, kind = bounds_of_rows(bounds, batch, 2 * tile + HALF, gl.cdiv(seq_len, BLOCK))
+        other_lo, _, other_kind = bounds_of_rows(bounds, batch, 2 * tile + 1 - HALF, gl.cdiv(seq_len, BLOCK))
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     OF_ROWS: gl.constexpr = gl.SliceLayout(1, mma)
     OF_KEYS: gl.constexpr = gl.SliceLayout(0, mma)
     x_s = own_s.index(HALF).reshape([HALF_ROWS, D])
     x_t = own_t.index(HALF).reshape([HALF_ROWS, D])
-    start = tile_start + HALF * HALF_ROWS
+    start = tile * ROWS + HALF * HALF_ROWS
     rows = start + gl.arange(0, HALF_ROWS, OF_ROWS)
     none = gl.zeros([HALF_ROWS, N], gl.float32, mma)
     slot = gl.to_tensor(0)
@@ -178,6 +178,7 @@ def _forward_rows(
     mbarrier.wait(ready.index(slot), phase)
     # The bounds have come beside the first tiles.
     count, full = _span(last, lo, lo_full, kind, N, SEGMENTS, VISIT)
+    others, _ = _span(last, other_lo, 0, other_kind, N, SEGMENTS, VISIT)
     # Together they take one register less beside the tile on the diagonal.
     full_and_kind = full * 8 + kind
     s = logits(x_s, ring.index(slot).reshape([N, D]), none, K)
@@ -223,6 +224,12 @@ def _forward_rows(
                 x_s, x_t, ring, ready, free, slot, phase, m_s, m_t, first_keys, last - j * N, log2_scale, l_s, l_t, a,
                 K, SLOTS, True,
             )  # fmt: skip
+
+        # Tiles that only the other warpgroup's rows see
+        for _ in range(2 * count, 2 * others):
+            mbarrier.wait(ready.index(slot), phase)
+            mbarrier.arrive(free.index(slot))
+            slot, phase = next_slot(slot, phase, SLOTS)
 
     l_s = gl.convert_layout(gl.sum(l_s, 1), OF_ROWS)
     l_t = gl.convert_layout(gl.sum(l_t, 1), OF_ROWS)
@@ -280,7 +287,6 @@ def forward_kernel(
     start = tile * ROWS
     starts += batch.to(gl.int64) * seq_len
     last = last_keys(tile, keys_end, N, VISIT)
-    bounds += (batch * tiles + tile) * 5
     own = start
     if VISIT:
         own = start - first_row
@@ -305,17 +311,18 @@ def forward_kernel(
     gl.warp_specialize(
         [
             (_forward_rows, (
-                starts, bounds, kl, pivot_s, pivot_t, sum_s, sum_t, flags, sequence, start, last, seq_len,
+                starts, bounds, kl, pivot_s, pivot_t, sum_s, sum_t, flags, sequence, batch, tile, last, seq_len,
                 first_row, keys_end, log2_scale, own_s, own_t, own_ready, ring, ready, free,
                 0, N, D, K, SLOTS, SEGMENTS, VISIT,
             )),
             (_forward_rows, (
-                starts, bounds, kl, pivot_s, pivot_t, sum_s, sum_t, flags, sequence, start, last, seq_len,
+                starts, bounds, kl, pivot_s, pivot_t, sum_s, sum_t, flags, sequence, batch, tile, last, seq_len,
                 first_row, keys_end, log2_scale, own_s, own_t, own_ready, ring, ready, free,
                 1, N, D, K, SLOTS, SEGMENTS, VISIT,
             )),
             (_forward_fetch, (
-                k_s, k_t, bounds, batch, head // group, last, ring, ready, free, N, D, SLOTS, SEGMENTS, VISIT,
+                k_s, k_t, bounds, batch, head // group, tile, last, seq_len, ring, ready, free, N, D, SLOTS, SEGMENTS,
+                VISIT,
             )),
         ],
         [4, 1],

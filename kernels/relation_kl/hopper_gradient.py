@@ -22,7 +22,12 @@ from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 from .hopper_common import HALF_ROWS, barrier
 
@@ -111,21 +116,29 @@ def put(piece, room):
 
 
 @gluon.jit
-def add_up(acc, descriptor, batch, head, block, left, right):
-    """Add 64 tokens to a gradient in register order; left and right are buffers for a piece each."""
+def send(acc, descriptor, batch, head, block, left, right):
+    """Add 64 tokens to a gradient in register order, through a buffer for each piece, which nothing may be leaving. Of
+    the second piece's buffer TMA leaves out what is beyond the K channels."""
     first, second = in_register_order(acc)
     put(first, left)
     put(second, right)
-    send(descriptor, batch, head, block, left, right)
-
-
-@gluon.jit
-def send(descriptor, batch, head, block, left, right):
-    """Of the second piece's buffer TMA leaves out what is beyond the K channels."""
     fence_async_shared()
     barrier()
     _reduce_add(descriptor, [batch, head, block, 0, 0], left)
     _reduce_add(descriptor, [batch, head, block, left.shape[3], 0], right)
+
+
+@gluon.jit
+def send_through(acc, descriptor, batch, head, block, room):
+    """The same through one buffer, one piece after the other."""
+    for i in gl.static_range(2):
+        piece = in_register_order(acc)[i]
+        tma.store_wait(0)
+        barrier()
+        put(piece, room)
+        fence_async_shared()
+        barrier()
+        _reduce_add(descriptor, [batch, head, block, i * room.shape[3], 0], room)
 
 
 @gluon.jit

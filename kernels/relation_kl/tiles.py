@@ -27,22 +27,27 @@ class Tiles:
 
 # Rows a row tile of the Hopper kernels.
 HOPPER_ROWS = 128
+# Rows of a warpgroup of them and, up to 128 channels, keys of a tile.
+HOPPER_BLOCK = 64
 # Sequences of which the Hopper kernels take row tiles together: faster than balance alone explains (TRIED.md).
 FORWARD_TOGETHER, BACKWARD_TOGETHER = 16, 4
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The shapes of the Hopper kernels: HOPPER_ROWS rows against forward_n keys at a time, or block_n in backward.
+    """The shapes of the Hopper kernels up to 128 channels: rows against HOPPER_BLOCK keys at a time.
 
     Vectors are padded to block_d channels in shared memory; logits and gradients are of the first block_k of them: all,
-    or half of them and a power of two. `slots` is the number of buffers of keys, the student's and the teacher's
-    counted singly, in the forward kernel.
+    or half of them and a power of two. In forward a program has HOPPER_ROWS rows, and `slots` buffers of keys, the
+    student's and the teacher's counted singly. In backward it has HOPPER_BLOCK rows for each of `parts` warpgroups,
+    tile_slots buffers of the keys of a tile, student's and teacher's, and of its weights, and grad_slots of the keys'
+    gradient.
     """
 
-    forward_n: int
     slots: int
-    block_n: int
+    parts: int
+    tile_slots: int
+    grad_slots: int
     block_d: int
     block_k: int
 
@@ -64,13 +69,13 @@ class WidePipeline:
     block_k: int
 
 
-# Channels up to which it serves -> pipeline. With 128 channels backward takes 224 KiB of shared memory, of 227 that a
-# program can have, and forward 112, of 113 that two programs on a multiprocessor can have each.
+# Channels up to which it serves -> pipeline. Backward takes up to 224 KiB of shared memory, of 227 that a program can
+# have, and forward 112, of 113 that two programs on a multiprocessor can have each.
 _PIPELINES = {
-    64: Pipeline(64, 8, 128, 64, 64),
-    80: Pipeline(64, 3, 128, 128, 80),
-    96: Pipeline(64, 3, 128, 128, 96),
-    128: Pipeline(64, 3, 128, 128, 128),
+    64: Pipeline(8, 3, 3, 2, 64, 64),
+    80: Pipeline(3, 2, 2, 1, 128, 80),
+    96: Pipeline(3, 2, 2, 1, 128, 96),
+    128: Pipeline(3, 2, 2, 1, 128, 128),
 }
 # The same for more channels. They take 224 to 226 KiB.
 _WIDE_PIPELINES = {192: WidePipeline(128, 128, 3, 64, 256, 192), 256: WidePipeline(128, 128, 3, 64, 256, 256)}

@@ -16,6 +16,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from .launch import launch
 from .segment_kernels import starts_and_bounds, tile_bounds
 from .tiles import (
+    HOPPER_BLOCK,
     HOPPER_ROWS,
     Pipeline,
     Tile,
@@ -58,7 +59,7 @@ def forward(operands: Operands, softmax_scale: float, segment_ids: Tensor | None
     if pipeline is not None:
         from . import hopper_backend
 
-        rows = None if names is None else starts_and_bounds(names, HOPPER_ROWS, pipeline.block_n)
+        rows = None if names is None else starts_and_bounds(names, HOPPER_BLOCK, HOPPER_BLOCK)
         with on_device_of(q):
             kl, sum_s, sum_t, flags = hopper_backend.forward(operands, softmax_scale, pipeline, rows)
         segments = None if names is None or rows is None else (names, rows[1])
@@ -117,8 +118,8 @@ def forward_again(
         sum_t: as sum_s.
     """
     q, k = operands.student_q, operands.student_k
-    tile = replace(tiles_of(q).forward, block_m=HOPPER_ROWS)
-    count = flags.numel() // 2
+    tile = replace(tiles_of(q).forward, block_m=HOPPER_BLOCK)
+    count = flags.numel()
     with on_device_of(q):
         launch(
             forward_again_kernel,

@@ -73,7 +73,7 @@ def relative_sum(total, excess):
 def _forward_tile(
     sequence, tile,
     q_s, k_s, q_t, k_t, q_s_strides, k_s_strides, q_t_strides, k_t_strides, segments, bounds, kl,
-    max_s, max_t, sum_s, sum_t, flags, heads, group, seq_len, first_row, keys_end, log2_scale,
+    max_s, max_t, sum_s, sum_t, heads, group, seq_len, first_row, keys_end, log2_scale,
     AGAIN: tl.constexpr, VISIT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SEGMENTS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -82,8 +82,7 @@ def _forward_tile(
 
     Running sums, with Z = S - m and m the running maximum: l = sum e^Z of student and of teacher, and
     a = sum e^Z_t (Z_t - Z_s);  KL = a / l_t - log l_t + log l_s. The maxima themselves, which may be large
-    where the divergence is tiny, never enter a sum. A visit goes on where the last one of these rows ended; with AGAIN
-    only those rows of it are written whose half of the tile has an entry other than 0 in flags [2].
+    where the divergence is tiny, never enter a sum. A visit goes on where the last one of these rows ended.
     """
     tiles = tl.cdiv(seq_len, BLOCK_M)
     batch, head = sequence // heads, sequence % heads
@@ -157,8 +156,6 @@ def _forward_tile(
             l_t = l_t * shrink_t + tl.sum(p_t, 1)
 
     if VISIT:
-        if AGAIN:
-            inside &= tl.load(flags + tl.arange(0, BLOCK_M) // (BLOCK_M // 2)) != 0
         tl.store(kl + place, a, mask=inside)
         tl.store(max_s + place, m_s, mask=inside)
         tl.store(max_t + place, m_t, mask=inside)
@@ -195,7 +192,7 @@ def forward_kernel(
     _forward_tile(
         (tl.program_id(0) // own_tiles).to(tl.int64), tiles - 1 - tl.program_id(0) % own_tiles,
         q_s, k_s, q_t, k_t, q_s_strides, k_s_strides, q_t_strides, k_t_strides, segments, bounds, kl,
-        max_s, max_t, sum_s, sum_t, kl, heads, group, seq_len, first_row, keys_end, log2_scale, False, VISIT,
+        max_s, max_t, sum_s, sum_t, heads, group, seq_len, first_row, keys_end, log2_scale, False, VISIT,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, SEGMENTS, DOT, PRECISION,
     )  # fmt: skip
 
@@ -207,26 +204,24 @@ def forward_again_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SEGMENTS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Those of `count` row tiles with an entry other than 0 in flags [B, H, tiles, 2], as a rule none.
+    """Those of `count` row tiles with an entry other than 0 in flags [B, H, tiles], as a rule none; the tiles are an
+    even number, of which the last one may lie behind the rows.
 
     What the others have in kl and the two sums (in a visit: and the two maxima) stays as the Hopper kernel left it. In
-    a visit that is the state before it for those rows whose half of the tile has such an entry.
+    a visit that is the state before it for rows of those tiles.
     """
-    tiles = tl.cdiv(seq_len, BLOCK_M)
-    own_tiles = tiles - first_row // BLOCK_M
+    own_tiles = tl.cdiv(seq_len - first_row, 2 * BLOCK_M) * 2
     programs = tl.num_programs(0)
     for first in range(tl.program_id(0), count, programs * 32):
         # Of 32 tiles at once, for one after the other would wait for memory each time.
         numbers = first + programs * tl.arange(0, 32)
-        halves = tl.load(flags + numbers * 2, mask=numbers < count, other=0)
-        halves |= tl.load(flags + numbers * 2 + 1, mask=numbers < count, other=0)
-        if tl.max(halves) != 0:
+        if tl.max(tl.load(flags + numbers, mask=numbers < count, other=0)) != 0:
             for index in range(first, min(first + programs * 32, count), programs):
-                if (tl.load(flags + index * 2) | tl.load(flags + index * 2 + 1)) != 0:
+                if tl.load(flags + index) != 0:
                     _forward_tile(
-                        (index // own_tiles).to(tl.int64), tiles - own_tiles + index % own_tiles,
+                        (index // own_tiles).to(tl.int64), first_row // BLOCK_M + index % own_tiles,
                         q_s, k_s, q_t, k_t, q_s_strides, k_s_strides, q_t_strides, k_t_strides, segments, bounds, kl,
-                        max_s, max_t, sum_s, sum_t, flags + index * 2, heads, group, seq_len, first_row, keys_end,
+                        max_s, max_t, sum_s, sum_t, heads, group, seq_len, first_row, keys_end,
                         log2_scale, True, VISIT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, SEGMENTS, DOT, PRECISION,
                     )  # fmt: skip
 

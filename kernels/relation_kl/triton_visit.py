@@ -17,7 +17,7 @@ from torch import Tensor
 from . import torch_visit
 from .launch import launch
 from .segment_kernels import starts_and_bounds, tile_bounds
-from .tiles import HOPPER_ROWS, Pipeline
+from .tiles import HOPPER_BLOCK, HOPPER_ROWS, Pipeline
 from .torch_backend import Operands
 from .torch_visit import LARGE, State, Visit
 from .triton_backend import (
@@ -122,15 +122,15 @@ def forward(visit: Visit, scale: float, state: State) -> None:
 
     from . import hopper_backend
 
-    segments = places.starts_and_bounds(HOPPER_ROWS, pipeline.block_n)
+    segments = places.starts_and_bounds(HOPPER_BLOCK, HOPPER_BLOCK)
     rows = None if segments is None else segments[1:]
     with on_device_of(q):
         flags = hopper_backend.forward_visit(
             _fetchable(visit), places, scale, pipeline, rows, (m_s, m_t), (l_s, l_t, a)
         )
     segments = None if segments is None else (segments[0], segments[2])
-    tile = replace(tiles_of(q).forward, block_m=HOPPER_ROWS)
-    count = flags.numel() // 2
+    tile = replace(tiles_of(q).forward, block_m=HOPPER_BLOCK)
+    count = flags.numel()
     outputs = flags, a, m_s, m_t, l_s, l_t
     _launch(forward_again_kernel, min(count, PROGRAMS_AGAIN), visit, places, scale, segments, tile, outputs, (count,))
 
@@ -182,7 +182,7 @@ def backward(
     if pipeline is not None:
         from . import hopper_backend
 
-        segments = places.starts_and_bounds(HOPPER_ROWS, pipeline.block_n)
+        segments = places.starts_and_bounds(HOPPER_BLOCK, HOPPER_BLOCK)
         with on_device_of(visit.q_s):
             hopper_backend.backward_visit(
                 _fetchable(visit), places, scale, pipeline, segments, (m_s, m_t, l_s, l_t), row_grad, q_grad, k_grad

@@ -11,7 +11,7 @@ import triton.language as tl
 from relation_kl import hopper_backend, segment_kernels, triton_backend
 from relation_kl import launch as module
 from relation_kl.launch import launch
-from relation_kl.tiles import HOPPER_ROWS
+from relation_kl.tiles import HOPPER_BLOCK
 from relation_kl.torch_backend import Operands
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -207,11 +207,12 @@ def test_hopper_kernels(segments: torch.dtype | None, recorder: Recorder, monkey
 
     def checked(kernel: Any, programs: Any, *arguments: Any, **constants: Any) -> None:
         named = dict(zip(kernel.arg_names, arguments, strict=False))
-        if "counter" in named:
+        if "progress" in named:
             # Every program begins by taking one of the row tiles, which must be there from the first to the last.
-            assert named["counter"].tolist() == [0] and named["counter"].dtype == torch.int32
+            assert not named["progress"].any() and named["progress"].dtype == torch.int32
             batch, heads, tokens, _ = named["q_s"].shape
-            assert named["items"] == batch * heads * -(-tokens // HOPPER_ROWS) and 1 <= programs <= named["items"]
+            rows = HOPPER_BLOCK * constants["PARTS"]
+            assert named["items"] == batch * heads * -(-tokens // rows) and 1 <= programs <= named["items"]
             assert named["items"] % (named["together"] * named["own_tiles"]) == 0
             assert programs * named["most"] >= named["items"]
         recorder.launch(kernel, programs, *arguments, **constants)

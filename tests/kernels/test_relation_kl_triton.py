@@ -11,7 +11,7 @@ import tile_bounds_reference as reference
 import torch
 from relation_kl import triton_backend
 from relation_kl.segment_kernels import tile_bounds
-from relation_kl.tiles import HOPPER_ROWS
+from relation_kl.tiles import HOPPER_BLOCK
 from relation_kl.torch_backend import Operands
 from relation_kl_checks import Case, Result, assert_within_budget, evaluate, exact, make_case
 from torch import Tensor
@@ -107,7 +107,7 @@ def bounds_of(ids: Tensor | None) -> tuple[Tensor, Tensor] | None:
     if ids is None:
         return None
     ids = ids.long().contiguous()
-    return ids, tile_bounds(ids, HOPPER_ROWS, HOPPER_ROWS)
+    return ids, tile_bounds(ids, HOPPER_BLOCK, HOPPER_BLOCK)
 
 
 def relative_sums(q: Tensor, k: Tensor, softmax_scale: float, ids: Tensor | None) -> Tensor:
@@ -133,10 +133,11 @@ def test_flagged_row_tiles(key_heads: int | None, segments: str, softmax_scale: 
     sum_t = relative_sums(operands.teacher_q, operands.teacher_k, softmax_scale, ids)
     flags = torch.randint(0, 3, (2, 4, 3, 2), dtype=torch.int32).to(device)
     flags[0, 0] = torch.tensor([[0, 0], [0, 1], [1, 0]])
+    flags[..., 2, 1] = 0  # it has no rows
     results = [torch.full_like(want, value) for value in (-1.0, -2.0, -3.0)]
     triton_backend.forward_again(operands, softmax_scale, bounds_of(ids), flags, *results)
 
-    flagged = (flags != 0).any(-1).repeat_interleave(HOPPER_ROWS, 2)[..., :300]
+    flagged = (flags != 0).flatten(-2).repeat_interleave(HOPPER_BLOCK, 2)[..., :300]
     live = torch.ones_like(flagged) if ids is None else (ids >= 0)[:, None].expand_as(flagged)
     if key_heads is not None and segments == "none":
         assert (sum_t < 0).any() == (softmax_scale == 30.0)
