@@ -1,10 +1,11 @@
 """What the Hopper kernels share, in Gluon, Triton's language of explicit layouts, memory and barriers.
 
 The kernels run on compute capability 9.0, for 16-bit inputs, of up to 128 channels or, with `wide` in their names, of
-more. Work comes in row tiles, 128 rows of one head: one a program, or, in backward up to 128 channels, one after the
-other. Two warpgroups do 64 rows each; a warp beside them fetches the tiles of keys with TMA, and, in backward up to 128
-channels, two more set the gradient to 0. Products are issued asynchronously, and each place that waits says for what.
-Tiles of keys are visited from the diagonal backwards. What was tried besides, and what it gave, is in TRIED.md.
+more. Work comes in row tiles of one head, 64 rows for each of two warpgroups: one a program; a warp beside them fetches
+the tiles of keys with TMA. In backward up to 128 channels a program takes one row tile after the other, up to 64
+channels there are three such warpgroups, one more makes the keys' gradient, and two more warps set it to 0 at first.
+Products are issued asynchronously, and each place that waits says for what. Tiles of keys are visited from the diagonal
+backwards. What was tried besides, and what it gave, is in TRIED.md.
 
 Logits are kept in units of log 2, so that exponentials are exp2.
 
@@ -27,10 +28,8 @@ from .tiles import HOPPER_BLOCK, HOPPER_ROWS
 barrier = getattr(gl, "barrier" if hasattr(gl, "barrier") else "thread_barrier")
 # Stands for -inf, but its differences are no NaN.
 MASKED = gl.constexpr(-1e30)
-# Rows of a row tile, and of one of the two warpgroups.
+# Rows of a row tile, and of a warpgroup, which up to 128 channels is also how many keys a tile has.
 ROWS = gl.constexpr(HOPPER_ROWS)
-HALF_ROWS = gl.constexpr(HOPPER_ROWS // 2)
-# Rows of a warpgroup and, up to 128 channels, keys of a tile.
 BLOCK = gl.constexpr(HOPPER_BLOCK)
 
 

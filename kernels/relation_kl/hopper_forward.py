@@ -20,7 +20,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .hopper_common import (
     BLOCK,
-    HALF_ROWS,
     MASKED,
     ROWS,
     bounds_of_rows,
@@ -108,7 +107,7 @@ def _add_keys(
     N: gl.constexpr = ring.shape[3]
     D: gl.constexpr = ring.shape[4]
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    none = gl.zeros([HALF_ROWS, N], gl.float32, mma)
+    none = gl.zeros([BLOCK, N], gl.float32, mma)
     mbarrier.wait(ready.index(slot), phase)
     s = logits(x_s, ring.index(slot).reshape([N, D]), none, K)
     slot_t, phase_t = next_slot(slot, phase, SLOTS)
@@ -156,11 +155,11 @@ def _forward_rows(
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     OF_ROWS: gl.constexpr = gl.SliceLayout(1, mma)
     OF_KEYS: gl.constexpr = gl.SliceLayout(0, mma)
-    x_s = own_s.index(HALF).reshape([HALF_ROWS, D])
-    x_t = own_t.index(HALF).reshape([HALF_ROWS, D])
-    start = tile * ROWS + HALF * HALF_ROWS
-    rows = start + gl.arange(0, HALF_ROWS, OF_ROWS)
-    none = gl.zeros([HALF_ROWS, N], gl.float32, mma)
+    x_s = own_s.index(HALF).reshape([BLOCK, D])
+    x_t = own_t.index(HALF).reshape([BLOCK, D])
+    start = tile * ROWS + HALF * BLOCK
+    rows = start + gl.arange(0, BLOCK, OF_ROWS)
+    none = gl.zeros([BLOCK, N], gl.float32, mma)
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(0)
     # Tiles of keys behind all of these rows, which the other warpgroup's see: not looked at.
@@ -291,8 +290,8 @@ def forward_kernel(
     if VISIT:
         own = start - first_row
 
-    own_s = gl.allocate_shared_memory(dtype, [2, 1, 1, HALF_ROWS, D], q_s.layout)
-    own_t = gl.allocate_shared_memory(dtype, [2, 1, 1, HALF_ROWS, D], q_t.layout)
+    own_s = gl.allocate_shared_memory(dtype, [2, 1, 1, BLOCK, D], q_s.layout)
+    own_t = gl.allocate_shared_memory(dtype, [2, 1, 1, BLOCK, D], q_t.layout)
     ring = gl.allocate_shared_memory(dtype, [SLOTS, 1, 1, N, D], k_s.layout)
     own_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
@@ -304,8 +303,8 @@ def forward_kernel(
     fence_async_shared()
     mbarrier.expect(own_ready, 2 * ROWS * D * 2)
     for i in gl.static_range(2):
-        tma.async_copy_global_to_shared(q_s, [batch, head, own + i * HALF_ROWS, 0], own_ready, own_s.index(i))
-        tma.async_copy_global_to_shared(q_t, [batch, head, own + i * HALF_ROWS, 0], own_ready, own_t.index(i))
+        tma.async_copy_global_to_shared(q_s, [batch, head, own + i * BLOCK, 0], own_ready, own_s.index(i))
+        tma.async_copy_global_to_shared(q_t, [batch, head, own + i * BLOCK, 0], own_ready, own_t.index(i))
 
     flags += (sequence * gl.num_programs(1) + gl.num_programs(1) - 1 - gl.program_id(1)) * 2
     gl.warp_specialize(

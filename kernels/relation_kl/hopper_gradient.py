@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_common import HALF_ROWS, barrier
+from .hopper_common import BLOCK, barrier
 
 
 @builtin
@@ -47,7 +47,7 @@ def _layout(channels):
 
 @gluon.jit
 def _zeros(channels: gl.constexpr):
-    return gl.zeros([HALF_ROWS, channels], gl.float32, _layout(channels))
+    return gl.zeros([BLOCK, channels], gl.float32, _layout(channels))
 
 
 @gluon.jit

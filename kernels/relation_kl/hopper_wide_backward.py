@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_common import HALF_ROWS, ROWS, barrier, clear_padding, logits, names_of
+from .hopper_common import BLOCK, ROWS, barrier, clear_padding, logits, names_of
 from .segment_kernels import ALIKE, PADDED
 
 
@@ -153,15 +153,15 @@ def _backward_part(
     OF_PRODUCT: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
     # Of one set of logits
     PRODUCTS: gl.constexpr = 1 if K == D else 2
-    none = gl.zeros([HALF_ROWS, N], gl.float32, mma)
+    none = gl.zeros([BLOCK, N], gl.float32, mma)
 
     # Always 0, which the compiler cannot know; see `fresh`.
     again = total >> 30
     slot = visited % 2
     mbarrier.wait(ready_s.index(slot), (visited // 2) & 1)
-    s = logits(own.index(HALF + again).reshape([HALF_ROWS, D]), ring_s.index(slot).reshape([N, D]), none, K)
+    s = logits(own.index(HALF + again).reshape([BLOCK, D]), ring_s.index(slot).reshape([N, D]), none, K)
     mbarrier.wait(ready_t, visited & 1)
-    t = logits(own.index(2 + HALF + again).reshape([HALF_ROWS, D]), ring_t.index(again).reshape([N, D]), none, K)
+    t = logits(own.index(2 + HALF + again).reshape([BLOCK, D]), ring_t.index(again).reshape([N, D]), none, K)
     s, t = warpgroup_mma_wait(0, deps=[s, t])
     mbarrier.arrive(free_t)
     e_s = _exponentials(s, scale, m_s, columns.index(slot * 4), ABOVE)
@@ -189,13 +189,13 @@ def _backward_part(
         # Behind it in the queue are the next tile's logits; after the last tile they are taken of what the buffers
         # hold, and not used.
         mbarrier.wait(ready_s.index(following), ((visited + 1) // 2) & 1, pred=i + 1 < total)
-        x = own.index(HALF + fresh).reshape([HALF_ROWS, D])
+        x = own.index(HALF + fresh).reshape([BLOCK, D])
         s = logits(x, ring_s.index(following).reshape([N, D]), none, K)
         acc = warpgroup_mma_wait(PRODUCTS, deps=[acc])
         mbarrier.arrive(free_s.index(slot))
         s = warpgroup_mma_wait(0, deps=[s])
         mbarrier.wait(ready_t, (visited + 1) & 1, pred=i + 1 < total)
-        x = own.index(2 + HALF + fresh).reshape([HALF_ROWS, D])
+        x = own.index(2 + HALF + fresh).reshape([BLOCK, D])
         t = logits(x, ring_t.index(fresh).reshape([N, D]), none, K)
         # beside the teacher's product
         e_s = _exponentials(s, scale, m_s, columns.index(following * 4), ABOVE)
@@ -230,8 +230,8 @@ def _backward_rows(
     dtype: gl.constexpr = ring_s.dtype
     mma_d: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     OF_ROWS: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16]))
-    rows = start + HALF * HALF_ROWS + gl.arange(0, HALF_ROWS, OF_ROWS)
-    acc = gl.zeros([HALF_ROWS, D], gl.float32, mma_d)
+    rows = start + HALF * BLOCK + gl.arange(0, BLOCK, OF_ROWS)
+    acc = gl.zeros([BLOCK, D], gl.float32, mma_d)
     visited = gl.to_tensor(0)
     mbarrier.wait(own_ready, 0)
     if BELOW:
@@ -252,7 +252,7 @@ def _backward_rows(
             HALF, N, D, K, SEGMENTS, False,
         )  # fmt: skip
     if ABOVE:
-        nothing = gl.zeros([HALF_ROWS], gl.float32, OF_ROWS)
+        nothing = gl.zeros([BLOCK], gl.float32, OF_ROWS)
         acc, visited = _backward_part(
             acc, visited, segments, bounds, nothing, nothing, nothing, nothing, rows, start, above, above_full,
             above * group, seq_len, kind == ALIKE, scale, own, ring_s, ring_t, columns, ready_s, ready_t, free_s,
@@ -262,7 +262,7 @@ def _backward_rows(
     factor = softmax_scale
     if NARROW:
         factor = softmax_scale * gl.load(unit)
-    rows = start + HALF * HALF_ROWS + gl.arange(0, HALF_ROWS, gl.SliceLayout(1, mma_d))
+    rows = start + HALF * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, mma_d))
     result = acc * factor
     if SEGMENTS:
         # A row of padding can hold anything by now, NaN included: it is replaced, not multiplied.
@@ -303,7 +303,7 @@ def wide_backward_kernel(
     below, below_full, above, above_full, kind = _tiles(bounds, tile * 5, start, seq_len, N, SEGMENTS)
 
     # The student's rows, and the teacher's
-    own = gl.allocate_shared_memory(dtype, [4, 1, 1, HALF_ROWS, D], x_s.layout)
+    own = gl.allocate_shared_memory(dtype, [4, 1, 1, BLOCK, D], x_s.layout)
     ring_s = gl.allocate_shared_memory(dtype, [2, 1, 1, N, D], y_s.layout)
     ring_t = gl.allocate_shared_memory(dtype, [1, 1, 1, N, D], y_t.layout)
     # For ABOVE, of the tokens in each buffer of the student's: both maxima, l_t / l_s, and g / l_t
@@ -323,8 +323,8 @@ def wide_backward_kernel(
     fence_async_shared()
     mbarrier.expect(own_ready, 2 * ROWS * D * 2)
     for i in gl.static_range(2):
-        tma.async_copy_global_to_shared(x_s, [batch, head, start + i * HALF_ROWS, 0], own_ready, own.index(i))
-        tma.async_copy_global_to_shared(x_t, [batch, head, start + i * HALF_ROWS, 0], own_ready, own.index(2 + i))
+        tma.async_copy_global_to_shared(x_s, [batch, head, start + i * BLOCK, 0], own_ready, own.index(i))
+        tma.async_copy_global_to_shared(x_t, [batch, head, start + i * BLOCK, 0], own_ready, own.index(2 + i))
 
     gl.warp_specialize(
         [

@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_common import HALF_ROWS, MASKED, ROWS, bounds_of, exponent, last_keys, names_of, span, visible_pairs
+from .hopper_common import BLOCK, MASKED, ROWS, bounds_of, exponent, last_keys, names_of, span, visible_pairs
 from .hopper_forward import next_slot, partial_sum
 from .segment_kernels import ALIKE
 
@@ -147,12 +147,12 @@ def _forward_rows(
     PARTS: gl.constexpr = D // C
     # Parts of the next student's product for which there are buffers beside the teacher's.
     EARLY: gl.constexpr = min(SLOTS - PARTS, PARTS)
-    x_s = own_s.index(HALF).reshape([HALF_ROWS, D])
-    x_t = own_t.index(HALF).reshape([HALF_ROWS, D])
-    rows = start + HALF * HALF_ROWS + gl.arange(0, HALF_ROWS, OF_ROWS)
-    none = gl.zeros([HALF_ROWS, N], gl.float32, mma)
-    m_s = gl.full([HALF_ROWS], MASKED, gl.float32, OF_ROWS)
-    m_t = gl.full([HALF_ROWS], MASKED, gl.float32, OF_ROWS)
+    x_s = own_s.index(HALF).reshape([BLOCK, D])
+    x_t = own_t.index(HALF).reshape([BLOCK, D])
+    rows = start + HALF * BLOCK + gl.arange(0, BLOCK, OF_ROWS)
+    none = gl.zeros([BLOCK, N], gl.float32, mma)
+    m_s = gl.full([BLOCK], MASKED, gl.float32, OF_ROWS)
+    m_t = gl.full([BLOCK], MASKED, gl.float32, OF_ROWS)
     l_s = partial_sum(none)
     l_t = partial_sum(none)
     a = partial_sum(none)
@@ -247,8 +247,8 @@ def wide_forward_kernel(
     lo, lo_full, kind = bounds_of(bounds + (batch * tiles + tile) * 5, SEGMENTS)
     count, full = span(last, lo, lo_full, N, False)
 
-    own_s = gl.allocate_shared_memory(dtype, [2, 1, 1, HALF_ROWS, D], q_s.layout)
-    own_t = gl.allocate_shared_memory(dtype, [2, 1, 1, HALF_ROWS, D], q_t.layout)
+    own_s = gl.allocate_shared_memory(dtype, [2, 1, 1, BLOCK, D], q_s.layout)
+    own_t = gl.allocate_shared_memory(dtype, [2, 1, 1, BLOCK, D], q_t.layout)
     ring = gl.allocate_shared_memory(dtype, [SLOTS, 1, 1, N, C], k_s.layout)
     own_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
@@ -260,8 +260,8 @@ def wide_forward_kernel(
     fence_async_shared()
     mbarrier.expect(own_ready, 2 * ROWS * D * 2)
     for i in gl.static_range(2):
-        tma.async_copy_global_to_shared(q_s, [batch, head, start + i * HALF_ROWS, 0], own_ready, own_s.index(i))
-        tma.async_copy_global_to_shared(q_t, [batch, head, start + i * HALF_ROWS, 0], own_ready, own_t.index(i))
+        tma.async_copy_global_to_shared(q_s, [batch, head, start + i * BLOCK, 0], own_ready, own_s.index(i))
+        tma.async_copy_global_to_shared(q_t, [batch, head, start + i * BLOCK, 0], own_ready, own_t.index(i))
 
     gl.warp_specialize(
         [
