@@ -79,7 +79,7 @@ def forward(
         0,
         seq_len,
         softmax_scale * LOG2_E,
-        **{"N": HOPPER_BLOCK, "D": pipeline.block_d, "K": pipeline.block_k, "SLOTS": pipeline.slots},
+        **{"D": pipeline.block_d, "K": pipeline.block_k, "SLOTS": pipeline.slots},
         **{"SEGMENTS": of_rows is not None, "VISIT": False},
         **_FORWARD_OPTIONS,
     )
@@ -224,7 +224,7 @@ def forward_visit(
         places.first_row,
         places.keys_end,
         softmax_scale * LOG2_E,
-        **{"N": HOPPER_BLOCK, "D": pipeline.block_d, "K": pipeline.block_k, "SLOTS": pipeline.slots},
+        **{"D": pipeline.block_d, "K": pipeline.block_k, "SLOTS": pipeline.slots},
         **{"SEGMENTS": of_rows is not None, "VISIT": True},
         **_FORWARD_OPTIONS,
     )

@@ -55,46 +55,46 @@ def _relative_sum(total, excess):
 
 
 @gluon.jit
-def _fetch_keys(k, at, slot, phase, ring, ready, free, N: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr):
+def _fetch_keys(k, at, slot, phase, ring, ready, free, D: gl.constexpr, SLOTS: gl.constexpr):
     """A tile of keys for the next buffer; returns which one is next then."""
     mbarrier.wait(free.index(slot), phase)
-    mbarrier.expect(ready.index(slot), N * D * 2)
+    mbarrier.expect(ready.index(slot), BLOCK * D * 2)
     tma.async_copy_global_to_shared(k, at, ready.index(slot), ring.index(slot))
     return next_slot(slot, phase, SLOTS)
 
 
 @gluon.jit
-def _span(last, lo, lo_full, kind, N: gl.constexpr, SEGMENTS: gl.constexpr, VISIT: gl.constexpr):
+def _span(last, lo, lo_full, kind, SEGMENTS: gl.constexpr, VISIT: gl.constexpr):
     """As `span`, of 64 rows; of those that the general kernel does again no more than their own tokens."""
-    count, full = span(last, lo, lo_full, N, VISIT)
+    count, full = span(last, lo, lo_full, BLOCK, VISIT)
     if SEGMENTS:
-        count = gl.where(kind & GENERAL != 0, ROWS // N, gl.maximum(count, 1))
+        count = gl.where(kind & GENERAL != 0, ROWS // BLOCK, gl.maximum(count, 1))
     return count, full
 
 
 @gluon.jit
 def _forward_fetch(
     k_s, k_t, bounds, batch, key_head, tile, last, seq_len, ring, ready, free,
-    N: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, SEGMENTS: gl.constexpr, VISIT: gl.constexpr,
+    D: gl.constexpr, SLOTS: gl.constexpr, SEGMENTS: gl.constexpr, VISIT: gl.constexpr,
 ):  # fmt: skip
     """Fetch the tiles of keys, the student's and the teacher's in turn, in the order in which they are used."""
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(1)
     # The last tile of keys is visited whatever the bounds are. Were they read before, the teacher's would wait too.
     at = [batch, key_head, last, 0]
-    slot, phase = _fetch_keys(k_s, at, slot, phase, ring, ready, free, N, D, SLOTS)
-    slot, phase = _fetch_keys(k_t, at, slot, phase, ring, ready, free, N, D, SLOTS)
-    count, _ = span(last, 0, 0, N, VISIT)
+    slot, phase = _fetch_keys(k_s, at, slot, phase, ring, ready, free, D, SLOTS)
+    slot, phase = _fetch_keys(k_t, at, slot, phase, ring, ready, free, D, SLOTS)
+    count, _ = span(last, 0, 0, BLOCK, VISIT)
     if SEGMENTS:
         count = 1
         for i in gl.static_range(2):
             lo, lo_full, kind = bounds_of_rows(bounds, batch, 2 * tile + i, gl.cdiv(seq_len, BLOCK))
-            of_half, _ = _span(last, lo, lo_full, kind, N, SEGMENTS, VISIT)
+            of_half, _ = _span(last, lo, lo_full, kind, SEGMENTS, VISIT)
             count = gl.maximum(count, of_half)
     for j in range(1, count):
-        at = [batch, key_head, last - j * N, 0]
-        slot, phase = _fetch_keys(k_s, at, slot, phase, ring, ready, free, N, D, SLOTS)
-        slot, phase = _fetch_keys(k_t, at, slot, phase, ring, ready, free, N, D, SLOTS)
+        at = [batch, key_head, last - j * BLOCK, 0]
+        slot, phase = _fetch_keys(k_s, at, slot, phase, ring, ready, free, D, SLOTS)
+        slot, phase = _fetch_keys(k_t, at, slot, phase, ring, ready, free, D, SLOTS)
 
 
 @gluon.jit
@@ -104,20 +104,19 @@ def _add_keys(
 ):  # fmt: skip
     """Add the tile of keys that begins at start, all of them before the rows, to the sums; with MASK those from
     first_keys on. Returns which buffer comes next, and the sums."""
-    N: gl.constexpr = ring.shape[3]
     D: gl.constexpr = ring.shape[4]
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    none = gl.zeros([BLOCK, N], gl.float32, mma)
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
+    none = gl.zeros([BLOCK, BLOCK], gl.float32, mma)
     mbarrier.wait(ready.index(slot), phase)
-    s = logits(x_s, ring.index(slot).reshape([N, D]), none, K)
+    s = logits(x_s, ring.index(slot).reshape([BLOCK, D]), none, K)
     slot_t, phase_t = next_slot(slot, phase, SLOTS)
     mbarrier.wait(ready.index(slot_t), phase_t)
-    t = logits(x_t, ring.index(slot_t).reshape([N, D]), none, K)
+    t = logits(x_t, ring.index(slot_t).reshape([BLOCK, D]), none, K)
     s = warpgroup_mma_wait(1 if K == D else 2, deps=[s])
     mbarrier.arrive(free.index(slot))
     # beside the teacher's product
     z_s = exponent(s, log2_scale, m_s)
-    keys = start + gl.arange(0, N, gl.SliceLayout(0, mma))
+    keys = start + gl.arange(0, BLOCK, gl.SliceLayout(0, mma))
     if MASK:
         z_s = gl.where(keys[None, :] >= first_keys[:, None], z_s, MASKED)
     l_s += partial_sum(gl.exp2(z_s))
@@ -138,7 +137,7 @@ def _add_keys(
 def _forward_rows(
     starts, bounds, kl, pivot_s, pivot_t, sum_s, sum_t, flags, sequence, batch, tile, last, seq_len,
     first_row, keys_end, log2_scale, own_s, own_t, own_ready, ring, ready, free,
-    HALF: gl.constexpr, N: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SLOTS: gl.constexpr, SEGMENTS: gl.constexpr,
+    HALF: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SLOTS: gl.constexpr, SEGMENTS: gl.constexpr,
     VISIT: gl.constexpr,
 ):  # fmt: skip
     """64 rows. Sums as in README.md, but relative to a fixed pivot, the row's maximum in the tile on the diagonal.
@@ -152,14 +151,14 @@ def _forward_rows(
     if SEGMENTS:
         lo, lo_full, kind = bounds_of_rows(bounds, batch, 2 * tile + HALF, gl.cdiv(seq_len, BLOCK))
         other_lo, _, other_kind = bounds_of_rows(bounds, batch, 2 * tile + 1 - HALF, gl.cdiv(seq_len, BLOCK))
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     OF_ROWS: gl.constexpr = gl.SliceLayout(1, mma)
     OF_KEYS: gl.constexpr = gl.SliceLayout(0, mma)
     x_s = own_s.index(HALF).reshape([BLOCK, D])
     x_t = own_t.index(HALF).reshape([BLOCK, D])
     start = tile * ROWS + HALF * BLOCK
     rows = start + gl.arange(0, BLOCK, OF_ROWS)
-    none = gl.zeros([BLOCK, N], gl.float32, mma)
+    none = gl.zeros([BLOCK, BLOCK], gl.float32, mma)
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(0)
     # Tiles of keys behind all of these rows, which the other warpgroup's see: not looked at.
@@ -176,17 +175,17 @@ def _forward_rows(
     mbarrier.wait(own_ready, 0)
     mbarrier.wait(ready.index(slot), phase)
     # The bounds have come beside the first tiles.
-    count, full = _span(last, lo, lo_full, kind, N, SEGMENTS, VISIT)
-    others, _ = _span(last, other_lo, 0, other_kind, N, SEGMENTS, VISIT)
+    count, full = _span(last, lo, lo_full, kind, SEGMENTS, VISIT)
+    others, _ = _span(last, other_lo, 0, other_kind, SEGMENTS, VISIT)
     # Together they take one register less beside the tile on the diagonal.
     full_and_kind = full * 8 + kind
-    s = logits(x_s, ring.index(slot).reshape([N, D]), none, K)
+    s = logits(x_s, ring.index(slot).reshape([BLOCK, D]), none, K)
     mbarrier.wait(ready.index(slot_t), phase_t)
-    t = logits(x_t, ring.index(slot_t).reshape([N, D]), none, K)
+    t = logits(x_t, ring.index(slot_t).reshape([BLOCK, D]), none, K)
     s, t = warpgroup_mma_wait(0, deps=[s, t])
     mbarrier.arrive(free.index(slot))
     mbarrier.arrive(free.index(slot_t))
-    keys = last - behind * N + gl.arange(0, N, OF_KEYS)
+    keys = last - behind * BLOCK + gl.arange(0, BLOCK, OF_KEYS)
     first_keys = rows
     ends = rows
     if SEGMENTS:
@@ -214,14 +213,14 @@ def _forward_rows(
     full = full_and_kind >> 3
     for j in range(behind + 1, full):
         slot, phase, l_s, l_t, a = _add_keys(
-            x_s, x_t, ring, ready, free, slot, phase, m_s, m_t, first_keys, last - j * N, log2_scale, l_s, l_t, a,
+            x_s, x_t, ring, ready, free, slot, phase, m_s, m_t, first_keys, last - j * BLOCK, log2_scale, l_s, l_t, a,
             K, SLOTS, False,
         )  # fmt: skip
     if SEGMENTS:
         for j in range(gl.maximum(full, behind + 1), count):
             slot, phase, l_s, l_t, a = _add_keys(
-                x_s, x_t, ring, ready, free, slot, phase, m_s, m_t, first_keys, last - j * N, log2_scale, l_s, l_t, a,
-                K, SLOTS, True,
+                x_s, x_t, ring, ready, free, slot, phase, m_s, m_t, first_keys, last - j * BLOCK, log2_scale, l_s, l_t,
+                a, K, SLOTS, True,
             )  # fmt: skip
 
         # Tiles that only the other warpgroup's rows see
@@ -266,15 +265,15 @@ def _forward_rows(
 def forward_kernel(
     q_s, k_s, q_t, k_t, starts, bounds, kl, pivot_s, pivot_t, sum_s, sum_t, flags, heads, group, seq_len,
     first_row, keys_end, log2_scale,
-    N: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SLOTS: gl.constexpr, SEGMENTS: gl.constexpr, VISIT: gl.constexpr,
+    D: gl.constexpr, K: gl.constexpr, SLOTS: gl.constexpr, SEGMENTS: gl.constexpr, VISIT: gl.constexpr,
 ):  # fmt: skip
     """Rows of the divergence and both statistics, in one pass over the keys.
 
-    q and k are descriptors of [B, H, T, channels] in blocks [1, 1, 64, D] and [1, 1, N, D], of which K channels are
-    used; kl float32 [B, H, T], the sums too (see `triton_kernels.relative_sum`); flags int32 [B, H, row tiles, 2];
-    starts and bounds from `segment_kernels.starts_and_bounds`. In a visit kl is a, which goes in and out as the sums
-    themselves do, relative to the pivots (`torch_visit.State`); otherwise pivots, first_row and keys_end are not looked
-    at. The grid is `tiles.grid`'s.
+    q and k are descriptors of [B, H, T, channels] in blocks [1, 1, 64, D], of which K channels are used; kl float32
+    [B, H, T], the sums too (see `triton_kernels.relative_sum`); flags int32 [B, H, row tiles, 2]; starts and bounds
+    from `segment_kernels.starts_and_bounds`, of tiles of 64 rows and 64 keys. In a visit kl is a, which goes in and out
+    as the sums themselves do, relative to the pivots (`torch_visit.State`); otherwise pivots, first_row and keys_end
+    are not looked at. The grid is `tiles.grid`'s.
     """
     dtype: gl.constexpr = q_s.dtype
     tiles = gl.cdiv(seq_len, ROWS)
@@ -285,14 +284,14 @@ def forward_kernel(
     head = sequence % heads
     start = tile * ROWS
     starts += batch.to(gl.int64) * seq_len
-    last = last_keys(tile, keys_end, N, VISIT)
+    last = last_keys(tile, keys_end, BLOCK, VISIT)
     own = start
     if VISIT:
         own = start - first_row
 
     own_s = gl.allocate_shared_memory(dtype, [2, 1, 1, BLOCK, D], q_s.layout)
     own_t = gl.allocate_shared_memory(dtype, [2, 1, 1, BLOCK, D], q_t.layout)
-    ring = gl.allocate_shared_memory(dtype, [SLOTS, 1, 1, N, D], k_s.layout)
+    ring = gl.allocate_shared_memory(dtype, [SLOTS, 1, 1, BLOCK, D], k_s.layout)
     own_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
@@ -312,15 +311,15 @@ def forward_kernel(
             (_forward_rows, (
                 starts, bounds, kl, pivot_s, pivot_t, sum_s, sum_t, flags, sequence, batch, tile, last, seq_len,
                 first_row, keys_end, log2_scale, own_s, own_t, own_ready, ring, ready, free,
-                0, N, D, K, SLOTS, SEGMENTS, VISIT,
+                0, D, K, SLOTS, SEGMENTS, VISIT,
             )),
             (_forward_rows, (
                 starts, bounds, kl, pivot_s, pivot_t, sum_s, sum_t, flags, sequence, batch, tile, last, seq_len,
                 first_row, keys_end, log2_scale, own_s, own_t, own_ready, ring, ready, free,
-                1, N, D, K, SLOTS, SEGMENTS, VISIT,
+                1, D, K, SLOTS, SEGMENTS, VISIT,
             )),
             (_forward_fetch, (
-                k_s, k_t, bounds, batch, head // group, tile, last, seq_len, ring, ready, free, N, D, SLOTS, SEGMENTS,
+                k_s, k_t, bounds, batch, head // group, tile, last, seq_len, ring, ready, free, D, SLOTS, SEGMENTS,
                 VISIT,
             )),
         ],

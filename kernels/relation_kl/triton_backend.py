@@ -106,13 +106,13 @@ def forward_again(
     sum_s: Tensor,
     sum_t: Tensor,
 ) -> None:
-    """Do flagged row tiles again, with a running maximum, over the results of the Hopper kernel.
+    """Do flagged row tiles of 64 rows again, with a running maximum, over the results of the Hopper kernel.
 
     Args:
         operands: 16-bit, 128 channels at most.
         softmax_scale: as for `forward`.
-        segments: ids, and bounds of tiles of 128 rows; or None.
-        flags: int32 [B, H, row tiles of 128, 2]; where both are 0 the tile is left alone.
+        segments: ids, and bounds of tiles of 64 rows; or None.
+        flags: int32 [B, H, row tiles of 128, 2], of 64 rows each; where one is 0 those are left alone.
         kl: float32 [B, H, T], contiguous.
         sum_s: float32 [B, H, T], contiguous; see `triton_kernels.relative_sum`.
         sum_t: as sum_s.
