@@ -168,19 +168,23 @@ def visit_of(ids: torch.Tensor, keys_end: int, block: int) -> tuple[torch.Tensor
     return torch.cat([ids[:, :keys_end], between, ids[:, keys_end:]], 1), first_row
 
 
+@pytest.mark.parametrize("block_n", [8, 16])
 @pytest.mark.parametrize("kind", ["left", "right", "all_masked", "one_key", "windows", "documents"])
-def test_starts(kind: str, device: torch.device) -> None:
+def test_starts(kind: str, block_n: int, device: torch.device) -> None:
     torch.manual_seed(0)
     for seq_len in (1, 41, 129):
         ids = segment_ids_of(kind, 2, seq_len)
         assert ids is not None
-        starts, bounds = (x.cpu() for x in starts_and_bounds(ids.contiguous().to(device), 16, 8))
+        starts, bounds = (x.cpu() for x in starts_and_bounds(ids.contiguous().to(device), 16, block_n))
         assert bool((bounds[..., 4] < GENERAL.value).all())
         check_starts(ids, bounds, starts, 16, 0)
 
 
+@pytest.mark.parametrize("block_n", [8, 16])
 @pytest.mark.parametrize("kind", ["rising", "falling", "shuffled", "recurring", "interleaved"])
-def test_starts_of_random_segments(kind: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_starts_of_random_segments(
+    kind: str, block_n: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Right or GENERAL, in visits, too, and never GENERAL where ids rise or fall without padding."""
     monkeypatch.setattr(segment_kernels, "_TOKENS", 64)
     monkeypatch.setattr(segment_kernels, "_CHUNK", 4)
@@ -193,9 +197,9 @@ def test_starts_of_random_segments(kind: str, device: torch.device, monkeypatch:
             border = seq_len // 32 * 16  # of a tile
             for keys_end in {0, seq_len // 3, seq_len // 2, border}:
                 names, first_row = visit_of(ids, keys_end, 16)
-                found = starts_and_bounds(names.to(device), 16, 8, first_row, keys_end)
+                found = starts_and_bounds(names.to(device), 16, block_n, first_row, keys_end)
                 starts, bounds = (x.cpu() for x in found)
-                plain = tile_bounds(names.to(device), 16, 8).cpu()
+                plain = tile_bounds(names.to(device), 16, block_n).cpu()
                 assert torch.equal(bounds[..., :4], plain[..., :4])
                 assert torch.equal(bounds[..., 4] % GENERAL.value, plain[..., 4])
                 check_starts(names, bounds, starts, 16, keys_end)
@@ -206,8 +210,9 @@ def test_starts_of_random_segments(kind: str, device: torch.device, monkeypatch:
     assert 0 < general[0] < general[1]
 
 
+@pytest.mark.parametrize("block_n", [8, 16])
 @pytest.mark.parametrize("padding", [-1, -7])
-def test_starts_behind_holes(padding: int, device: torch.device) -> None:
+def test_starts_behind_holes(padding: int, block_n: int, device: torch.device) -> None:
     """What comes again behind padding is seen to be there before, wherever tiles begin and whatever else is in them."""
     torch.manual_seed(3)
     for _ in range(12):
@@ -216,7 +221,7 @@ def test_starts_behind_holes(padding: int, device: torch.device) -> None:
         ids = torch.repeat_interleave(torch.where(torch.rand(12) < 0.4, padding, number), lengths)[None]
         for keys_end in (0, ids.shape[1] // 2):
             names, first_row = visit_of(ids, keys_end, 16)
-            starts, bounds = (x.cpu() for x in starts_and_bounds(names.to(device), 16, 8, first_row, keys_end))
+            starts, bounds = (x.cpu() for x in starts_and_bounds(names.to(device), 16, block_n, first_row, keys_end))
             check_starts(names, bounds, starts, 16, keys_end)
 
 
