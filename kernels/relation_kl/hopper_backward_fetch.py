@@ -40,6 +40,7 @@ def received(box, posted, taken, phase):
 
 @gluon.jit
 def field(x, number: gl.constexpr):
+    """One of those that were received."""
     return gl.sum(gl.where(gl.arange(0, FIELDS, x.type.layout) == number, x, 0), 0)
 
 
@@ -65,7 +66,7 @@ def fetch_row_tiles(
     ) = given  # fmt: skip
     ROWS: gl.constexpr = PARTS * BLOCK
     LAYOUT: gl.constexpr = gl.BlockedLayout([FIELDS], [32], [1], [0])
-    names = gl.arange(0, FIELDS, LAYOUT)
+    fields = gl.arange(0, FIELDS, LAYOUT)
     blocks = gl.cdiv(seq_len, BLOCK)
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(1)
@@ -88,14 +89,14 @@ def fetch_row_tiles(
         last = gl.minimum(start + ROWS, blocks * BLOCK) - BLOCK
         if VISIT:
             last = gl.minimum(last, gl.cdiv(keys_end, BLOCK) * BLOCK - BLOCK)
-        x = gl.where(names == SEQUENCE, sequence, gl.where(names == TILE, tile, last))
+        x = gl.where(fields == SEQUENCE, sequence, gl.where(fields == TILE, tile, last))
         lo = gl.to_tensor(0)
         if SEGMENTS:
             lo = start
             for i in gl.static_range(PARTS):
                 own_lo, lo_full, kind = bounds_of_rows(bounds, batch, start // BLOCK + i, blocks)
                 lo = gl.minimum(lo, own_lo)
-                x = gl.where(names == LO + i, own_lo + kind, gl.where(names == LO_FULL + i, lo_full, x))
+                x = gl.where(fields == LO + i, own_lo + kind, gl.where(fields == LO_FULL + i, lo_full, x))
         begin = 0
         count = 1  # enough for the first tile of keys, but in a visit
         if VISIT:
@@ -108,7 +109,7 @@ def fetch_row_tiles(
         if not VISIT:
             # Behind that wait: before it ptxas would have the keys wait for the bounds, too.
             count = (last + BLOCK - lo) // BLOCK
-        box.store(gl.where(names == COUNT, count, gl.where(names == BEGIN, begin, x)))
+        box.store(gl.where(fields == COUNT, count, gl.where(fields == BEGIN, begin, x)))
         barrier()
         mbarrier.arrive(posted)
         if not VISIT:

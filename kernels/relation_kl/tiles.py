@@ -69,7 +69,7 @@ class WidePipeline:
     block_k: int
 
 
-# Channels up to which it serves -> pipeline. Backward takes up to 224 KiB of shared memory, of 227 that a program can
+# Channels up to which it serves -> pipeline. Backward takes up to 225 KiB of shared memory, of 227 that a program can
 # have, and forward 112, of 113 that two programs on a multiprocessor can have each.
 _PIPELINES = {
     64: Pipeline(8, 3, 3, 2, 64, 64),

@@ -205,7 +205,7 @@ def forward_again_kernel(
     SEGMENTS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Those of `count` row tiles with an entry other than 0 in flags [B, H, tiles], as a rule none; the tiles are an
-    even number, of which the last one may lie behind the rows.
+    even number, of which the last one may lie behind the rows and has 0 then.
 
     What the others have in kl and the two sums (in a visit: and the two maxima) stays as the Hopper kernel left it. In
     a visit that is the state before it for rows of those tiles.
