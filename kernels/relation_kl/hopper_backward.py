@@ -16,9 +16,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 
 from .hopper_backward_fetch import (
+    BATCH,
     BEGIN,
     COUNT,
     FIELDS,
+    KEY_HEAD,
     LAST,
     LO,
     LO_FULL,
@@ -83,6 +85,7 @@ def _rows_gradient(
         tile = field(x, TILE)
         last = field(x, LAST)
         begin = field(x, BEGIN)
+        batch = field(x, BATCH)
         start = first_row + (tile * PARTS + PART) * BLOCK
         rows = start + gl.arange(0, BLOCK, OF_ROWS)
         live = rows < seq_len
@@ -93,7 +96,7 @@ def _rows_gradient(
         if SEGMENTS:
             lo = field(x, LO + PART)
             lo_full = field(x, LO_FULL + PART)
-            before = (sequence // heads).to(gl.int64) * seq_len
+            before = batch.to(gl.int64) * seq_len
             first_keys = gl.load(starts + before + rows, mask=live, other=seq_len)
             live = names_of(segments + before, rows, seq_len, lo % BLOCK == ALIKE) >= 0
         place = sequence.to(gl.int64) * (seq_len - first_row) + rows - first_row
@@ -117,7 +120,7 @@ def _rows_gradient(
         if SEGMENTS:  # noqa: SIM102 - for the compiler, unlike the next
             if lo & 3 == PADDED:
                 for i in range(2):
-                    names = segments + (sequence // heads).to(gl.int64) * seq_len
+                    names = segments + batch.to(gl.int64) * seq_len
                     clear_padding(_vectors(own, PARTS * i + PART), names, start, seq_len)
                 barrier()
 
@@ -132,7 +135,7 @@ def _rows_gradient(
                 masked = masked | (key_start + BLOCK > keys_end)
             of_keys = gl.to_tensor(0)
             if SEGMENTS:  # it comes beside the products
-                block = sequence // heads * gl.cdiv(seq_len, BLOCK) + key_start // BLOCK
+                block = batch * gl.cdiv(seq_len, BLOCK) + key_start // BLOCK
                 of_keys = gl.load(bounds + block * 5 + 4, mask=masked, other=0)
             mbarrier.wait(ready.index(slot), phase)
             if (key_start <= start) & (key_start + BLOCK > lo):
@@ -152,7 +155,7 @@ def _rows_gradient(
                 w = (gl.fma(e_s, gl.zeros_like(e_s) + r[:, None], e_t) * (gl.zeros_like(e_s) + g[:, None])).to(dtype)
                 mbarrier.wait(weights_free.index(slot), phase ^ 1)
                 if masked:
-                    names = segments + ((sequence + fresh) // heads).to(gl.int64) * seq_len
+                    names = segments + (batch + fresh).to(gl.int64) * seq_len
                     if SEGMENTS:  # noqa: SIM102
                         if of_keys & 3 == PADDED:
                             # All warpgroups do it: none needs to wait for another then.
@@ -180,8 +183,7 @@ def _rows_gradient(
             slot, phase = next_slot(slot, phase, SLOTS)
 
         mbarrier.arrive(teacher_free)
-        batch = sequence // heads
-        head = sequence % heads
+        head = sequence - batch * heads
         if VISIT:
             send_through(acc, grad, batch, head, (start - first_row) // BLOCK, stage.index(PART))
         elif SELF:
@@ -209,8 +211,7 @@ def _keys_gradient(
 ):  # fmt: skip
     """Of each tile of keys what all rows of the row tile add to its gradient."""
     (
-        key_grad, heads, group, box, posted, taken, own, own_ready, student_free, weights, weights_ready, weights_free,
-        stage,
+        key_grad, box, posted, taken, own, own_ready, student_free, weights, weights_ready, weights_free, stage,
     ) = given  # fmt: skip
     no_gradient = zero_gradient(own.shape[4], K)
     slot = gl.to_tensor(0)
@@ -220,10 +221,11 @@ def _keys_gradient(
     x = received(box, posted, taken, 0)
     count = field(x, COUNT)
     while count > 0:
-        sequence = field(x, SEQUENCE)
         tile = field(x, TILE)
         last = field(x, LAST)
         begin = field(x, BEGIN)
+        batch = field(x, BATCH)
+        key_head = field(x, KEY_HEAD)
         mbarrier.wait(own_ready, done & 1)
         for j in range(count):
             key_start = last - turned(j, tile, begin, count, VISIT) * BLOCK
@@ -233,13 +235,13 @@ def _keys_gradient(
             for i in gl.static_range(PARTS):
                 w = weights.index(PARTS * slot + i + fresh).permute([1, 0])
                 out = gradient_product(w, _vectors(own, i + fresh), out, K, i > 0)
+            tma.store_wait(2 * STAGES - 2)  # beside the products
+            barrier()
             out = wait_for(out, 0)
             mbarrier.arrive(weights_free.index(slot))
-            tma.store_wait(2 * STAGES - 2)
-            barrier()
             block = key_start // BLOCK
             rooms = stage.index(2 * side), stage.index(2 * side + 1)
-            send(out, key_grad, sequence // heads, sequence % heads // group, block, rooms[0], rooms[1])
+            send(out, key_grad, batch, key_head, block, rooms[0], rooms[1])
             side = (side + 1) % STAGES
             slot, phase = next_slot(slot, phase, SLOTS)
         mbarrier.arrive(student_free)
@@ -316,7 +318,7 @@ def backward_kernel(
         own, own_ready, teacher_free, ring, ready, free, weights, weights_ready, weights_free, of_rows,
     )  # fmt: skip
     of_keys_part = (
-        key_grad, heads, group, box, posted, taken, own, own_ready, student_free, weights, weights_ready, weights_free,
+        key_grad, box, posted, taken, own, own_ready, student_free, weights, weights_ready, weights_free,
         of_keys,
     )  # fmt: skip
     of_fetching = (

@@ -14,9 +14,9 @@ from .hopper_common import BLOCK, barrier, bounds_of_rows, next_slot
 from .hopper_gradient import wait_zeroed
 
 # What a row tile is told of by: these, and for each of three warpgroups lo + what its rows are, and lo_full
-# (`segment_kernels.tile_bounds`).
-SEQUENCE, TILE, LAST, COUNT, BEGIN = (gl.constexpr(i) for i in range(5))
-LO, LO_FULL, FIELDS = gl.constexpr(5), gl.constexpr(8), gl.constexpr(16)
+# (`segment_kernels.tile_bounds`). The batch and the head of the keys follow from the sequence, but by divisions.
+SEQUENCE, TILE, LAST, COUNT, BEGIN, BATCH, KEY_HEAD = (gl.constexpr(i) for i in range(7))
+LO, LO_FULL, FIELDS = gl.constexpr(7), gl.constexpr(10), gl.constexpr(16)
 
 
 @gluon.jit
@@ -65,7 +65,7 @@ def fetch_row_tiles(
         keys_end, whole, parts, box, posted, taken, own, own_ready, student_free, teacher_free, ring, ready, free,
     ) = given  # fmt: skip
     ROWS: gl.constexpr = PARTS * BLOCK
-    LAYOUT: gl.constexpr = gl.BlockedLayout([FIELDS], [32], [1], [0])
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])  # a field a lane: this warp has few registers
     fields = gl.arange(0, FIELDS, LAYOUT)
     blocks = gl.cdiv(seq_len, BLOCK)
     slot = gl.to_tensor(0)
@@ -84,12 +84,14 @@ def fetch_row_tiles(
         sequence = place // (together * own_tiles) * together + place % together
         batch = sequence // heads
         head = sequence % heads
+        key_head = head // group
         start = first_row + tile * ROWS
         # From the last tile of keys that the row tile may see it goes backwards.
         last = gl.minimum(start + ROWS, blocks * BLOCK) - BLOCK
         if VISIT:
             last = gl.minimum(last, gl.cdiv(keys_end, BLOCK) * BLOCK - BLOCK)
         x = gl.where(fields == SEQUENCE, sequence, gl.where(fields == TILE, tile, last))
+        x = gl.where(fields == BATCH, batch, gl.where(fields == KEY_HEAD, key_head, x))
         lo = gl.to_tensor(0)
         if SEGMENTS:
             lo = start
@@ -103,7 +105,7 @@ def fetch_row_tiles(
             count = gl.maximum((last + BLOCK - lo) // BLOCK, 1)
             begin = gl.where(number >= whole, count * part // parts, 0)
             count = gl.where(number >= whole, count * (part + 1) // parts, count) - begin
-        at = [batch, head // group, last - turned(0, tile, begin, count, VISIT) * BLOCK, 0]
+        at = [batch, key_head, last - turned(0, tile, begin, count, VISIT) * BLOCK, 0]
         slot, phase = _fetch_keys(k_s, k_t, at, slot, phase, ring, ready, free, SLOTS)
         mbarrier.wait(taken, (done & 1) ^ 1)
         if not VISIT:
@@ -125,7 +127,7 @@ def fetch_row_tiles(
             here = [batch, head, tile * ROWS + i * BLOCK, 0]
             tma.async_copy_global_to_shared(q_s, here, own_ready, own.index(i))
         for j in range(1, count):
-            at = [batch, head // group, last - turned(j, tile, begin, count, VISIT) * BLOCK, 0]
+            at = [batch, key_head, last - turned(j, tile, begin, count, VISIT) * BLOCK, 0]
             slot, phase = _fetch_keys(k_s, k_t, at, slot, phase, ring, ready, free, SLOTS)
         done += 1
         number = items

@@ -202,6 +202,8 @@ def _forward_rows(
         own_logit_t = own_logits(t, rows, keys, log2_scale)
         m_s = gl.max(gl.where(visible, s * log2_scale, MASKED), 1)
         m_t = gl.max(gl.where(visible, t * log2_scale, MASKED), 1)
+        excess_s = m_s - own_logit_s  # kept over the loop in the place of both
+        excess_t = m_t - own_logit_t
     z_s = gl.where(visible, exponent(s, log2_scale, m_s), MASKED)
     z_t = gl.where(visible, exponent(t, log2_scale, m_t), MASKED)
     p_t = gl.exp2(z_t)
@@ -229,6 +231,8 @@ def _forward_rows(
             mbarrier.arrive(free.index(slot))
             slot, phase = next_slot(slot, phase, SLOTS)
 
+    # Made anew (slot >> 30 is 0, which the compiler cannot know), not kept in registers over the loop
+    rows = start + (slot >> 30) + gl.arange(0, BLOCK, OF_ROWS)
     l_s = gl.convert_layout(gl.sum(l_s, 1), OF_ROWS)
     l_t = gl.convert_layout(gl.sum(l_t, 1), OF_ROWS)
     a = gl.convert_layout(gl.sum(a, 1), OF_ROWS)
@@ -256,8 +260,8 @@ def _forward_rows(
         place = sequence.to(gl.int64) * seq_len + rows
         value = (a / l_t - (gl.log2(l_t) - gl.log2(l_s))) * _LN2
         gl.store(kl + place, gl.where(live, value, 0.0), mask=inside)
-        gl.store(sum_s + place, gl.where(live, _relative_sum(l_s, m_s - own_logit_s), 1.0), mask=inside)
-        gl.store(sum_t + place, gl.where(live, _relative_sum(l_t, m_t - own_logit_t), 1.0), mask=inside)
+        gl.store(sum_s + place, gl.where(live, _relative_sum(l_s, excess_s), 1.0), mask=inside)
+        gl.store(sum_t + place, gl.where(live, _relative_sum(l_t, excess_t), 1.0), mask=inside)
     gl.store(flags + HALF, flag)
 
 
