@@ -9,9 +9,9 @@ means those in Gluon and the second the others. Hence a process of its own, and 
 
 One line of JSON a kernel: architecture, name, constants, and shared, bytes of shared memory a block. Of the Hopper
 kernels also what ptxas says: registers, a thread; spill_stores and spill_loads, bytes in a thread's code; serialized,
-whether asynchronous products had to be made to wait for each other. And loops: of each innermost loop with products how
-many of its instructions load or store what is spilled. The others are not given to ptxas: float32 products would take
-it long.
+whether asynchronous products had to be made to wait for each other. And loops: of each innermost loop with products
+spills, how many of its instructions load or store what is spilled, and divisions, of integers too, which Triton moves
+out of no loop. The others are not given to ptxas: float32 products would take it long.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def machine_code(log: str) -> dict[str, Any]:
     }
 
 
-def spills_in_loops(cubin: bytes) -> list[int]:
+def loops(cubin: bytes) -> list[dict[str, int]]:
     """Of each innermost loop with products, in order; masks that few tiles need are counted with it."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -89,15 +89,19 @@ def spills_in_loops(cubin: bytes) -> list[int]:
     code = [(int(place, 16), what.strip()) for place, what in re.findall(r"^\s+/\*(\w{4,})\*/\s+(.*?);", text, re.M)]
     # Other branches backwards, without a condition, come from where a barrier is waited for.
     branches = [(place, re.match(r"@!?U?P\d .*\bBRA\b.* 0x(\w+)$", what)) for place, what in code]
-    loops = [(int(branch[1], 16), place) for place, branch in branches if branch and int(branch[1], 16) < place]
-    bodies = {(begin, end): [what for place, what in code if begin <= place <= end] for begin, end in loops}
-    with_products = [loop for loop in loops if any("HGMMA" in what for what in bodies[loop])]
+    ends = [(int(branch[1], 16), place) for place, branch in branches if branch and int(branch[1], 16) < place]
+    bodies = {(begin, end): [what for place, what in code if begin <= place <= end] for begin, end in ends}
+    with_products = [loop for loop in ends if any("HGMMA" in what for what in bodies[loop])]
     innermost = [
         (begin, end)
         for begin, end in with_products
         if not any(begin <= a and b <= end and (a, b) != (begin, end) for a, b in with_products)
     ]
-    return [sum(re.search(r"\b(LDL|STL)\b", what) is not None for what in bodies[loop]) for loop in innermost]
+    kinds = {"spills": r"\b(LDL|STL)\b", "divisions": r"\bMUFU\.RCP\b"}
+    return [
+        {kind: sum(re.search(pattern, what) is not None for what in bodies[loop]) for kind, pattern in kinds.items()}
+        for loop in innermost
+    ]
 
 
 def launch(
@@ -152,7 +156,7 @@ def main(kind: str, *cases: str) -> None:
             "shared": compiled.metadata.shared,
         }
         if hopper:
-            line |= machine_code(log.getvalue()) | {"loops": spills_in_loops(compiled.asm["cubin"])}
+            line |= machine_code(log.getvalue()) | {"loops": loops(compiled.asm["cubin"])}
         print(json.dumps(line, default=str), flush=True)
 
     triton.runtime.driver.set_active(driver)
