@@ -318,8 +318,7 @@ def backward_kernel(
         own, own_ready, teacher_free, ring, ready, free, weights, weights_ready, weights_free, of_rows,
     )  # fmt: skip
     of_keys_part = (
-        key_grad, box, posted, taken, own, own_ready, student_free, weights, weights_ready, weights_free,
-        of_keys,
+        key_grad, box, posted, taken, own, own_ready, student_free, weights, weights_ready, weights_free, of_keys,
     )  # fmt: skip
     of_fetching = (
         q_s, k_s, q_t, k_t, bounds, progress, heads, group, together, own_tiles, items, most, seq_len, first_row,

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 triton = pytest.importorskip("triton", reason="compiling kernels needs triton, which is not installed")
+_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 pytestmark = pytest.mark.skipif(
-    tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6),
+    _TRITON < (3, 6),
     reason=f"the Hopper kernels need triton 3.6 or newer; this is {triton.__version__}",
 )
 
@@ -74,8 +75,11 @@ def test_hopper_kernels(
             assert 2 * (kernel["shared"] + _RESERVED) <= _MULTIPROCESSOR, kernel
             assert 2 * 3 * 128 * kernel["registers"] <= 2**16, kernel
         plain = not constants["SEGMENTS"] and (constants.get("SELF", True) or constants["VISIT"])
-        assert kernel["spill_stores"] <= (64 if plain else 160), kernel
-        # Of the loads those count that each tile of keys comes by: at least one loop of every warpgroup with products.
+        spills = [kernel["spill_stores"]]
+        if plain or _TRITON >= (3, 7):  # 3.6 reads one spilled address again wherever a barrier is waited for
+            spills.append(kernel["spill_loads"])
+        assert max(spills) <= (64 if plain else 160), kernel
+        # What counts is what each tile of keys comes by: at least one loop of every warpgroup with products.
         parts = constants["PARTS"] + 1 if kernel["name"] == "backward_kernel" else 2
         assert len(kernel["loops"]) >= parts, kernel
         assert max(loop["spills"] for loop in kernel["loops"]) <= (10 if constants["SEGMENTS"] else 0), kernel
