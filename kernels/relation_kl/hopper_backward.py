@@ -8,6 +8,7 @@ warpgroup's exponentials beside another's products neither of these units is lef
 
 # What the decorators make of these functions is not what pyright reads.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false
 
 from __future__ import annotations
 
@@ -59,6 +60,32 @@ def _vectors(buffers, number):
 
 
 @gluon.jit
+def _of_rows(x, given, PART: gl.constexpr, PARTS: gl.constexpr, SEGMENTS: gl.constexpr, VISIT: gl.constexpr):
+    """What is loaded of a warpgroup's rows of a row tile, x: their first keys and segments, sums, upstream gradient and
+    pivots. None is looked at here, so none is waited for."""
+    segments, starts, pivot_s, pivot_t, sum_s, sum_t, row_grad, seq_len, first_row = given
+    OF_ROWS: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16]))
+    rows = first_row + (field(x, TILE) * PARTS + PART) * BLOCK + gl.arange(0, BLOCK, OF_ROWS)
+    inside = (rows < seq_len) & (field(x, COUNT) > 0)
+    first_keys = rows
+    names = rows
+    if SEGMENTS:
+        before = field(x, BATCH).to(gl.int64) * seq_len
+        first_keys = gl.load(starts + before + rows, mask=inside, other=seq_len)
+        names = names_of(segments + before, rows, seq_len, field(x, LO + PART) % BLOCK == ALIKE)
+    place = field(x, SEQUENCE).to(gl.int64) * (seq_len - first_row) + rows - first_row
+    l_s = gl.load(sum_s + place, mask=inside, other=1.0)
+    l_t = gl.load(sum_t + place, mask=inside, other=1.0)
+    g = gl.load(row_grad + place, mask=inside, other=0.0)
+    m_s = l_s
+    m_t = l_t
+    if VISIT:
+        m_s = gl.load(pivot_s + place, mask=inside, other=0.0)
+        m_t = gl.load(pivot_t + place, mask=inside, other=0.0)
+    return first_keys, names, l_s, l_t, g, m_s, m_t
+
+
+@gluon.jit
 def _rows_gradient(
     given, PART: gl.constexpr, PARTS: gl.constexpr, channels: gl.constexpr, K: gl.constexpr, SLOTS: gl.constexpr,
     SEGMENTS: gl.constexpr, SELF: gl.constexpr, NARROW: gl.constexpr, VISIT: gl.constexpr,
@@ -67,7 +94,7 @@ def _rows_gradient(
     (
         segments, starts, bounds, pivot_s, pivot_t, sum_s, sum_t, row_grad, unit, key_grad, grad,
         heads, seq_len, first_row, keys_end, log2_scale, softmax_scale, box, posted, taken,
-        own, own_ready, teacher_free, ring, ready, free, weights, weights_ready, weights_free, stage,
+        own, own_ready, ring, ready, free, weights, weights_ready, weights_free, stage,
     ) = given  # fmt: skip
     dtype: gl.constexpr = ring.dtype
     D: gl.constexpr = ring.shape[4]
@@ -78,9 +105,16 @@ def _rows_gradient(
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(0)
     done = gl.to_tensor(0)
+    # What belongs to the next rows is loaded while the last ones' gradient is sent, if there are registers for it.
+    EARLY: gl.constexpr = PARTS == 2 and not VISIT
+    of_rows = segments, starts, pivot_s, pivot_t, sum_s, sum_t, row_grad, seq_len, first_row
     x = received(box, posted, taken, 0)
     count = field(x, COUNT)
+    if EARLY:
+        first_keys, own_names, l_s, l_t, g, m_s, m_t = _of_rows(x, of_rows, PART, PARTS, SEGMENTS, VISIT)
     while count > 0:
+        if not EARLY:
+            first_keys, own_names, l_s, l_t, g, m_s, m_t = _of_rows(x, of_rows, PART, PARTS, SEGMENTS, VISIT)
         sequence = field(x, SEQUENCE)
         tile = field(x, TILE)
         last = field(x, LAST)
@@ -88,25 +122,20 @@ def _rows_gradient(
         batch = field(x, BATCH)
         start = first_row + (tile * PARTS + PART) * BLOCK
         rows = start + gl.arange(0, BLOCK, OF_ROWS)
-        live = rows < seq_len
-        first_keys = rows
         # lo and what the rows are, of which lo takes no account: it is a multiple of 64
         lo = gl.to_tensor(0)
         lo_full = gl.to_tensor(0)
         if SEGMENTS:
             lo = field(x, LO + PART)
             lo_full = field(x, LO_FULL + PART)
-            before = batch.to(gl.int64) * seq_len
-            first_keys = gl.load(starts + before + rows, mask=live, other=seq_len)
-            live = names_of(segments + before, rows, seq_len, lo % BLOCK == ALIKE) >= 0
-        place = sequence.to(gl.int64) * (seq_len - first_row) + rows - first_row
-        l_s = gl.load(sum_s + place, mask=live, other=1.0)
-        l_t = gl.load(sum_t + place, mask=live, other=1.0)
-        g = gl.load(row_grad + place, mask=live, other=0.0)
-        if VISIT:
-            m_s = gl.load(pivot_s + place, mask=live, other=0.0)
-            m_t = gl.load(pivot_t + place, mask=live, other=0.0)
-        else:  # the own logits are added when they are known
+            live = own_names >= 0
+            l_s = gl.where(live, l_s, 1.0)
+            l_t = gl.where(live, l_t, 1.0)
+            g = gl.where(live, g, 0.0)
+            if VISIT:
+                m_s = gl.where(live, m_s, 0.0)
+                m_t = gl.where(live, m_t, 0.0)
+        if not VISIT:  # the own logits are added when they are known
             m_s = -gl.minimum(l_s, 0.0)
             m_t = -gl.minimum(l_t, 0.0)
             l_s = gl.where(l_s > 0, l_s, 1.0)
@@ -182,7 +211,13 @@ def _rows_gradient(
             mbarrier.arrive(free.index(slot))
             slot, phase = next_slot(slot, phase, SLOTS)
 
-        mbarrier.arrive(teacher_free)
+        done += 1
+        count = gl.to_tensor(0)
+        if not VISIT:  # in which there is one row tile
+            x = received(box, posted, taken, done & 1)
+            count = field(x, COUNT)
+        if EARLY:
+            first_keys, own_names, l_s, l_t, g, m_s, m_t = _of_rows(x, of_rows, PART, PARTS, SEGMENTS, VISIT)
         head = sequence - batch * heads
         if VISIT:
             send_through(acc, grad, batch, head, (start - first_row) // BLOCK, stage.index(PART))
@@ -193,15 +228,12 @@ def _rows_gradient(
             if NARROW:
                 factor = softmax_scale * gl.load(unit)
             for i in gl.static_range(len(acc)):
-                x = acc[i]
-                rows = start + gl.arange(0, BLOCK, gl.SliceLayout(1, x.type.layout))
-                columns = i * (D // 2) + gl.arange(0, x.shape[1], gl.SliceLayout(0, x.type.layout))
+                part = acc[i]
+                rows = start + gl.arange(0, BLOCK, gl.SliceLayout(1, part.type.layout))
+                columns = i * (D // 2) + gl.arange(0, part.shape[1], gl.SliceLayout(0, part.type.layout))
                 pointers = grad + (sequence.to(gl.int64) * seq_len + rows)[:, None] * channels + columns[None, :]
                 inside = (rows < seq_len)[:, None] & (columns < channels)[None, :]
-                gl.store(pointers, (x * factor).to(dtype), mask=inside)
-        done += 1
-        x = received(box, posted, taken, done & 1)
-        count = field(x, COUNT)
+                gl.store(pointers, (part * factor).to(dtype), mask=inside)
     tma.store_wait(0)
 
 
@@ -211,7 +243,7 @@ def _keys_gradient(
 ):  # fmt: skip
     """Of each tile of keys what all rows of the row tile add to its gradient."""
     (
-        key_grad, box, posted, taken, own, own_ready, student_free, weights, weights_ready, weights_free, stage,
+        key_grad, box, posted, taken, own, own_ready, weights, weights_ready, weights_free, stage,
     ) = given  # fmt: skip
     no_gradient = zero_gradient(own.shape[4], K)
     slot = gl.to_tensor(0)
@@ -244,10 +276,11 @@ def _keys_gradient(
             send(out, key_grad, batch, key_head, block, rooms[0], rooms[1])
             side = (side + 1) % STAGES
             slot, phase = next_slot(slot, phase, SLOTS)
-        mbarrier.arrive(student_free)
         done += 1
-        x = received(box, posted, taken, done & 1)
-        count = field(x, COUNT)
+        count = gl.to_tensor(0)
+        if not VISIT:  # in which there is one row tile
+            x = received(box, posted, taken, done & 1)
+            count = field(x, COUNT)
     tma.store_wait(0)
 
 
@@ -295,8 +328,6 @@ def backward_kernel(
     posted = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     taken = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     own_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    student_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    teacher_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     weights_ready = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
@@ -304,8 +335,6 @@ def backward_kernel(
     mbarrier.init(posted, count=1)
     mbarrier.init(taken, count=PARTS + 1)
     mbarrier.init(own_ready, count=1)
-    mbarrier.init(student_free, count=1)
-    mbarrier.init(teacher_free, count=PARTS)
     for i in gl.static_range(SLOTS):
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(free.index(i), count=PARTS)
@@ -315,14 +344,14 @@ def backward_kernel(
     of_a_part = (
         segments, starts, bounds, pivot_s, pivot_t, sum_s, sum_t, row_grad, unit, key_grad, grad,
         heads, seq_len, first_row, keys_end, log2_scale, softmax_scale, box, posted, taken,
-        own, own_ready, teacher_free, ring, ready, free, weights, weights_ready, weights_free, of_rows,
+        own, own_ready, ring, ready, free, weights, weights_ready, weights_free, of_rows,
     )  # fmt: skip
     of_keys_part = (
-        key_grad, box, posted, taken, own, own_ready, student_free, weights, weights_ready, weights_free, of_keys,
+        key_grad, box, posted, taken, own, own_ready, weights, weights_ready, weights_free, of_keys,
     )  # fmt: skip
     of_fetching = (
         q_s, k_s, q_t, k_t, bounds, progress, heads, group, together, own_tiles, items, most, seq_len, first_row,
-        keys_end, whole, parts, box, posted, taken, own, own_ready, student_free, teacher_free, ring, ready, free,
+        keys_end, whole, parts, box, posted, taken, own, own_ready, weights_ready, weights_free, ring, ready, free,
     )  # fmt: skip
     # All of a multiprocessor's registers, among warps by fours
     if PARTS == 2:

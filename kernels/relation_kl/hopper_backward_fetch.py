@@ -62,7 +62,7 @@ def fetch_row_tiles(
     tile's first keys come while the last one's are used."""
     (
         q_s, k_s, q_t, k_t, bounds, progress, heads, group, together, own_tiles, items, most, seq_len, first_row,
-        keys_end, whole, parts, box, posted, taken, own, own_ready, student_free, teacher_free, ring, ready, free,
+        keys_end, whole, parts, box, posted, taken, own, own_ready, weights_ready, weights_free, ring, ready, free,
     ) = given  # fmt: skip
     ROWS: gl.constexpr = PARTS * BLOCK
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])  # a field a lane: this warp has few registers
@@ -105,6 +105,10 @@ def fetch_row_tiles(
             count = gl.maximum((last + BLOCK - lo) // BLOCK, 1)
             begin = gl.where(number >= whole, count * part // parts, 0)
             count = gl.where(number >= whole, count * (part + 1) // parts, count) - begin
+        # Where the last row tile's last weights are: with them its teacher's rows are done with, and when they have
+        # been used, its student's are. In a visit there was none.
+        final = gl.where(slot == 0, SLOTS - 1, slot - 1)
+        final_phase = phase ^ gl.where(slot == 0, 0, 1)
         at = [batch, key_head, last - turned(0, tile, begin, count, VISIT) * BLOCK, 0]
         slot, phase = _fetch_keys(k_s, k_t, at, slot, phase, ring, ready, free, SLOTS)
         mbarrier.wait(taken, (done & 1) ^ 1)
@@ -117,12 +121,13 @@ def fetch_row_tiles(
         if not VISIT:
             # While the keys come, but before arriving at own_ready: whoever has the rows adds to the gradient.
             wait_zeroed(progress + 2 + sequence // group, gl.cdiv(seq_len, 2 * BLOCK))
-        mbarrier.wait(teacher_free, (done & 1) ^ 1)
+            mbarrier.wait(weights_ready.index(final), final_phase, pred=done > 0)
         mbarrier.expect(own_ready, 2 * ROWS * own.shape[4] * 2)
         for i in gl.static_range(PARTS):
             here = [batch, head, tile * ROWS + i * BLOCK, 0]
             tma.async_copy_global_to_shared(q_t, here, own_ready, own.index(PARTS + i))
-        mbarrier.wait(student_free, (done & 1) ^ 1)
+        if not VISIT:
+            mbarrier.wait(weights_free.index(final), final_phase, pred=done > 0)
         for i in gl.static_range(PARTS):
             here = [batch, head, tile * ROWS + i * BLOCK, 0]
             tma.async_copy_global_to_shared(q_s, here, own_ready, own.index(i))
@@ -133,7 +138,8 @@ def fetch_row_tiles(
         number = items
         if not VISIT:
             number = gl.where(done < most, gl.atomic_add(progress, 1, mask=done < most, sem="relaxed"), items)
-    mbarrier.wait(taken, (done & 1) ^ 1)
-    box.store(gl.zeros([FIELDS], gl.int32, LAYOUT))
-    barrier()
-    mbarrier.arrive(posted)
+    if not VISIT:
+        mbarrier.wait(taken, (done & 1) ^ 1)
+        box.store(gl.zeros([FIELDS], gl.int32, LAYOUT))
+        barrier()
+        mbarrier.arrive(posted)
