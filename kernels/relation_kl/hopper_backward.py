@@ -60,7 +60,7 @@ def _vectors(buffers, number):
 
 
 @gluon.jit
-def _of_rows(x, given, PART: gl.constexpr, PARTS: gl.constexpr, SEGMENTS: gl.constexpr, VISIT: gl.constexpr):
+def _load_for_rows(x, given, PART: gl.constexpr, PARTS: gl.constexpr, SEGMENTS: gl.constexpr, VISIT: gl.constexpr):
     """What is loaded of a warpgroup's rows of a row tile, x: their first keys and segments, sums, upstream gradient and
     pivots. None is looked at here, so none is waited for."""
     segments, starts, pivot_s, pivot_t, sum_s, sum_t, row_grad, seq_len, first_row = given
@@ -107,14 +107,14 @@ def _rows_gradient(
     done = gl.to_tensor(0)
     # What belongs to the next rows is loaded while the last ones' gradient is sent, if there are registers for it.
     EARLY: gl.constexpr = PARTS == 2 and not VISIT
-    of_rows = segments, starts, pivot_s, pivot_t, sum_s, sum_t, row_grad, seq_len, first_row
+    loaded = segments, starts, pivot_s, pivot_t, sum_s, sum_t, row_grad, seq_len, first_row
     x = received(box, posted, taken, 0)
     count = field(x, COUNT)
     if EARLY:
-        first_keys, own_names, l_s, l_t, g, m_s, m_t = _of_rows(x, of_rows, PART, PARTS, SEGMENTS, VISIT)
+        first_keys, own_names, l_s, l_t, g, m_s, m_t = _load_for_rows(x, loaded, PART, PARTS, SEGMENTS, VISIT)
     while count > 0:
         if not EARLY:
-            first_keys, own_names, l_s, l_t, g, m_s, m_t = _of_rows(x, of_rows, PART, PARTS, SEGMENTS, VISIT)
+            first_keys, own_names, l_s, l_t, g, m_s, m_t = _load_for_rows(x, loaded, PART, PARTS, SEGMENTS, VISIT)
         sequence = field(x, SEQUENCE)
         tile = field(x, TILE)
         last = field(x, LAST)
@@ -217,7 +217,7 @@ def _rows_gradient(
             x = received(box, posted, taken, done & 1)
             count = field(x, COUNT)
         if EARLY:
-            first_keys, own_names, l_s, l_t, g, m_s, m_t = _of_rows(x, of_rows, PART, PARTS, SEGMENTS, VISIT)
+            first_keys, own_names, l_s, l_t, g, m_s, m_t = _load_for_rows(x, loaded, PART, PARTS, SEGMENTS, VISIT)
         head = sequence - batch * heads
         if VISIT:
             send_through(acc, grad, batch, head, (start - first_row) // BLOCK, stage.index(PART))

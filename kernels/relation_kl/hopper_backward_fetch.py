@@ -106,7 +106,8 @@ def fetch_row_tiles(
             begin = gl.where(number >= whole, count * part // parts, 0)
             count = gl.where(number >= whole, count * (part + 1) // parts, count) - begin
         # Where the last row tile's last weights are: with them its teacher's rows are done with, and when they have
-        # been used, its student's are. In a visit there was none.
+        # been used, its student's are. None follow there before these rows have come, so that a phase says which ones
+        # are meant. In a visit there was no row tile before.
         final = gl.where(slot == 0, SLOTS - 1, slot - 1)
         final_phase = phase ^ gl.where(slot == 0, 0, 1)
         at = [batch, key_head, last - turned(0, tile, begin, count, VISIT) * BLOCK, 0]
