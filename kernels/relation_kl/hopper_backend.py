@@ -41,7 +41,11 @@ def fetchable(x: Tensor) -> bool:
 
 
 def forward(
-    operands: Operands, softmax_scale: float, pipeline: Pipeline, of_rows: tuple[Tensor, Tensor] | None
+    operands: Operands,
+    softmax_scale: float,
+    pipeline: Pipeline,
+    of_rows: tuple[Tensor, Tensor] | None,
+    own: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rows, both statistics of backward, and flags of the row tiles that must be done again: where a sum overflowed, or
     what they see is no run of keys.
@@ -51,6 +55,7 @@ def forward(
         softmax_scale: factor of the logits.
         pipeline: from `tiles.pick_pipeline`.
         of_rows: `segment_kernels.starts_and_bounds(ids, 64, 64)`; or None.
+        own: float32 [B, H, T] for the rows' logits with their own keys, in units of log 2, of both; or None.
 
     Returns:
         kl, sum_s, sum_t: float32 [B, H, T]; flags: int32 [B, H, row tiles, 2],
@@ -68,8 +73,7 @@ def forward(
         *descriptors(operands, pipeline.block_d),
         *(of_rows or (flags, flags)),
         kl,
-        kl,
-        kl,
+        *(own or (kl, kl)),
         sum_s,
         sum_t,
         flags,
@@ -80,7 +84,7 @@ def forward(
         seq_len,
         softmax_scale * LOG2_E,
         **{"D": pipeline.block_d, "K": pipeline.block_k, "SLOTS": pipeline.slots},
-        **{"SEGMENTS": of_rows is not None, "VISIT": False},
+        **{"SEGMENTS": of_rows is not None, "VISIT": False, "OWN": own is not None},
         **_FORWARD_OPTIONS,
     )
     return kl, sum_s, sum_t, flags
@@ -225,7 +229,7 @@ def forward_visit(
         places.keys_end,
         softmax_scale * LOG2_E,
         **{"D": pipeline.block_d, "K": pipeline.block_k, "SLOTS": pipeline.slots},
-        **{"SEGMENTS": of_rows is not None, "VISIT": True},
+        **{"SEGMENTS": of_rows is not None, "VISIT": True, "OWN": False},
         **_FORWARD_OPTIONS,
     )
     return flags

@@ -1,11 +1,12 @@
 """What the Hopper kernels share, in Gluon, Triton's language of explicit layouts, memory and barriers.
 
 The kernels run on compute capability 9.0, for 16-bit inputs, of up to 128 channels or, with `wide` in their names, of
-more. Work comes in row tiles of one head, 64 rows for each of two warpgroups: one a program; a warp beside them fetches
-the tiles of keys with TMA. In backward up to 128 channels a program takes one row tile after the other, up to 64
-channels there are three such warpgroups, one more makes the keys' gradient, and two more warps set it to 0 at first.
-Products are issued asynchronously, and each place that waits says for what. Tiles of keys are visited from the diagonal
-backwards. What was tried besides, and what it gave, is in TRIED.md.
+more (and backward in deterministic mode of any). Work comes in row tiles of one head, 64 rows for each of two
+warpgroups: one a program; a warp beside them fetches the tiles of keys with TMA. In backward up to 128 channels a
+program takes one row tile after the other, up to 64 channels there are three such warpgroups, one more makes the keys'
+gradient, and two more warps set it to 0 at first. Products are issued asynchronously, and each place that waits says
+for what. Tiles of keys are visited from the diagonal backwards. What was tried besides, and what it gave, is in
+TRIED.md.
 
 Logits are kept in units of log 2, so that exponentials are exp2.
 

@@ -138,7 +138,7 @@ def _forward_rows(
     starts, bounds, kl, pivot_s, pivot_t, sum_s, sum_t, flags, sequence, batch, tile, last, seq_len,
     first_row, keys_end, log2_scale, own_s, own_t, own_ready, ring, ready, free,
     HALF: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SLOTS: gl.constexpr, SEGMENTS: gl.constexpr,
-    VISIT: gl.constexpr,
+    VISIT: gl.constexpr, OWN: gl.constexpr,
 ):  # fmt: skip
     """64 rows. Sums as in README.md, but relative to a fixed pivot, the row's maximum in the tile on the diagonal.
 
@@ -200,6 +200,10 @@ def _forward_rows(
     else:
         own_logit_s = own_logits(s, rows, keys, log2_scale)
         own_logit_t = own_logits(t, rows, keys, log2_scale)
+        if OWN:
+            place = sequence.to(gl.int64) * seq_len + rows
+            gl.store(pivot_s + place, own_logit_s, mask=rows < seq_len)
+            gl.store(pivot_t + place, own_logit_t, mask=rows < seq_len)
         m_s = gl.max(gl.where(visible, s * log2_scale, MASKED), 1)
         m_t = gl.max(gl.where(visible, t * log2_scale, MASKED), 1)
         excess_s = m_s - own_logit_s  # kept over the loop in the place of both
@@ -270,14 +274,16 @@ def forward_kernel(
     q_s, k_s, q_t, k_t, starts, bounds, kl, pivot_s, pivot_t, sum_s, sum_t, flags, heads, group, seq_len,
     first_row, keys_end, log2_scale,
     D: gl.constexpr, K: gl.constexpr, SLOTS: gl.constexpr, SEGMENTS: gl.constexpr, VISIT: gl.constexpr,
+    OWN: gl.constexpr,
 ):  # fmt: skip
     """Rows of the divergence and both statistics, in one pass over the keys.
 
     q and k are descriptors of [B, H, T, channels] in blocks [1, 1, 64, D], of which K channels are used; kl float32
     [B, H, T], the sums too (see `triton_kernels.relative_sum`); flags int32 [B, H, row tiles, 2]; starts and bounds
     from `segment_kernels.starts_and_bounds`, of tiles of 64 rows and 64 keys. In a visit kl is a, which goes in and out
-    as the sums themselves do, relative to the pivots (`torch_visit.State`); otherwise pivots, first_row and keys_end
-    are not looked at. The grid is `tiles.grid`'s.
+    as the sums themselves do, relative to the pivots (`torch_visit.State`); otherwise first_row and keys_end are not
+    looked at, nor pivots, but that with OWN they get each row's logit with its own key, in units of log 2. The grid is
+    `tiles.grid`'s.
     """
     dtype: gl.constexpr = q_s.dtype
     tiles = gl.cdiv(seq_len, ROWS)
@@ -315,12 +321,12 @@ def forward_kernel(
             (_forward_rows, (
                 starts, bounds, kl, pivot_s, pivot_t, sum_s, sum_t, flags, sequence, batch, tile, last, seq_len,
                 first_row, keys_end, log2_scale, own_s, own_t, own_ready, ring, ready, free,
-                0, D, K, SLOTS, SEGMENTS, VISIT,
+                0, D, K, SLOTS, SEGMENTS, VISIT, OWN,
             )),
             (_forward_rows, (
                 starts, bounds, kl, pivot_s, pivot_t, sum_s, sum_t, flags, sequence, batch, tile, last, seq_len,
                 first_row, keys_end, log2_scale, own_s, own_t, own_ready, ring, ready, free,
-                1, D, K, SLOTS, SEGMENTS, VISIT,
+                1, D, K, SLOTS, SEGMENTS, VISIT, OWN,
             )),
             (_forward_fetch, (
                 k_s, k_t, bounds, batch, head // group, tile, last, seq_len, ring, ready, free, D, SLOTS, SEGMENTS,

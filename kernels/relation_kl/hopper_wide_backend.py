@@ -1,4 +1,5 @@
-"""Launches the Hopper kernels for 129 to 256 channels. Nothing here waits for the GPU."""
+"""Launches the Hopper kernels for 129 to 256 channels, and backward of deterministic mode. Nothing here waits for the
+GPU."""
 
 from __future__ import annotations
 
@@ -65,7 +66,7 @@ def backward(
         softmax_scale: as for `forward`.
         pipeline: as for `forward`.
         segments: ids, contiguous, and `tile_bounds(ids, 128, pipeline.backward_n)`; or None.
-        statistics: from `forward`.
+        statistics: as from `forward`, but any pivot may be in the place of a row's maximum.
         row_grad: float32 [B, H, T], contiguous, in units of `unit`; padding may hold anything.
         unit: float32 [1], or None for 1.
     """

@@ -1,4 +1,5 @@
-"""The Hopper backward kernel for 129 to 256 channels; see hopper_common.py for what it shares with the others.
+"""The Hopper backward kernel for 129 to 256 channels, and for deterministic mode; see hopper_common.py for what it
+shares with the others.
 
 Twice as many channels leave no room to add up the gradient of the keys beside that of the rows. So each program makes
 the whole gradient of its 128 tokens, as `triton_kernels.backward_kernel` does: from the keys that they see, with their
@@ -284,7 +285,7 @@ def wide_backward_kernel(
     """The gradient of one row tile of one head of x, whole; BELOW and ABOVE as for `triton_kernels.backward_kernel`.
 
     x and y are descriptors of [B, H, T, channels] in blocks [1, 1, 64, D] and [1, 1, N, D], of which logits take the
-    first K channels. statistics is float32 [4, tokens], with tokens = B * query heads * T: both maxima, l_t / l_s, and
+    first K channels. statistics is float32 [4, tokens], with tokens = B * query heads * T: both pivots, l_t / l_s, and
     g / l_t; with NARROW, g is in units of unit[0]. grad is [B, heads, T, channels], contiguous; bounds are from
     `segment_kernels.tile_bounds(ids, 128, N)`. The grid is `tiles.grid`'s.
     """

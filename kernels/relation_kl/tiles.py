@@ -54,7 +54,7 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class WidePipeline:
-    """The shapes of the Hopper kernels for more than 128 channels.
+    """The shapes of the Hopper kernels for more than 128 channels, and of the backward one in deterministic mode.
 
     HOPPER_ROWS rows against forward_n keys at a time, or against backward_n tokens. In forward, tiles of keys come in
     parts of forward_c channels, into `slots` buffers. Vectors are padded to block_d channels; logits are of the first
@@ -77,8 +77,14 @@ _PIPELINES = {
     96: Pipeline(3, 2, 2, 1, 128, 96),
     128: Pipeline(3, 2, 2, 1, 128, 128),
 }
-# The same for more channels. They take 224 to 226 KiB.
-_WIDE_PIPELINES = {192: WidePipeline(128, 128, 3, 64, 256, 192), 256: WidePipeline(128, 128, 3, 64, 256, 256)}
+# The same of the others. Above 128 channels they take 224 to 226 KiB.
+_WIDE_PIPELINES = {
+    64: WidePipeline(128, 64, 3, 64, 64, 64),
+    96: WidePipeline(128, 128, 3, 64, 128, 96),
+    128: WidePipeline(128, 128, 3, 64, 128, 128),
+    192: WidePipeline(128, 128, 3, 64, 256, 192),
+    256: WidePipeline(128, 128, 3, 64, 256, 256),
+}
 
 # (architecture as CUDA spells it, bytes of a token's padded vector) -> tiles
 _TILES = {
@@ -144,14 +150,14 @@ def pick_pipeline(architecture: str, head_dim: int, element_size: int) -> Pipeli
 
 @lru_cache
 def pick_wide_pipeline(architecture: str, head_dim: int, element_size: int) -> WidePipeline | None:
-    """The shapes of the Hopper kernels for 129 to 256 channels, or None where those do not run.
+    """The shapes of those Hopper kernels, or None where they do not run: other GPUs, fp32, more than 256 channels.
 
     Args:
         architecture: as for `pick_tiles`.
         head_dim: D, before padding.
         element_size: bytes of one element, 2 or 4.
     """
-    if architecture != "sm_90" or element_size != 2 or head_dim <= max(_PIPELINES):
+    if architecture != "sm_90" or element_size != 2:
         return None
     return next((pipeline for most, pipeline in _WIDE_PIPELINES.items() if head_dim <= most), None)
 

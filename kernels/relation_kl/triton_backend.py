@@ -50,7 +50,8 @@ def forward(operands: Operands, softmax_scale: float, segment_ids: Tensor | None
     From the general kernels, and from the Hopper ones for more than 128 channels, that is the maximum of each row's
     logits, of student and of teacher, in units of log 2, and 1 / sum of the exponentials, of both; from the other
     Hopper ones see `triton_kernels.relative_sum`, of both; with segment_ids those hand on what backward needs, too,
-    int32 (`segment_kernels.starts_and_bounds`).
+    int32 (`segment_kernels.starts_and_bounds`). In deterministic mode it is the former, but for any pivot in the place
+    of the maximum.
     """
     q, k = operands.student_q, operands.student_k
     batch, heads, seq_len, _ = q.shape
@@ -60,10 +61,15 @@ def forward(operands: Operands, softmax_scale: float, segment_ids: Tensor | None
         from . import hopper_backend
 
         rows = None if names is None else starts_and_bounds(names, HOPPER_BLOCK, HOPPER_BLOCK)
+        own = None
+        if torch.are_deterministic_algorithms_enabled():
+            own = q.new_empty(q.shape[:3], dtype=torch.float32), q.new_empty(q.shape[:3], dtype=torch.float32)
         with on_device_of(q):
-            kl, sum_s, sum_t, flags = hopper_backend.forward(operands, softmax_scale, pipeline, rows)
+            kl, sum_s, sum_t, flags = hopper_backend.forward(operands, softmax_scale, pipeline, rows, own)
         segments = None if names is None or rows is None else (names, rows[1])
         forward_again(operands, softmax_scale, segments, flags, kl, sum_s, sum_t)
+        if own is not None:
+            return kl, absolute(sum_s, sum_t, *own)
         return kl, (sum_s, sum_t, *(rows or ()))
 
     wide = wide_pipeline_of(operands)
@@ -150,7 +156,8 @@ def backward(
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of student_q and student_k; for a self-relation their sum, and None.
 
-    Up to 128 channels, what follows the Hopper forward kernel is the Hopper backward kernel.
+    Up to 128 channels, what follows the Hopper forward kernel is the Hopper backward kernel, or in deterministic mode,
+    by the statistics, the one for more channels: it writes each number once.
     """
     q = operands.student_q, operands.teacher_q
     k = operands.student_k, operands.teacher_k
@@ -247,9 +254,16 @@ def unit_of(largest: Tensor) -> Tensor:
     return torch.ldexp(torch.ones((), device=largest.device), exponent.clamp(min=-100))
 
 
+def absolute(sum_s: Tensor, sum_t: Tensor, own_s: Tensor, own_t: Tensor) -> tuple[Tensor, ...]:
+    """Pivots and 1 / sums from those relative to the own logit (`triton_kernels.relative_sum`)."""
+    pivots = (own - total.clamp(max=0) for own, total in ((own_s, sum_s), (own_t, sum_t)))
+    inverses = (torch.where(total > 0, 1 / total, 1.0) for total in (sum_s, sum_t))
+    return *pivots, *inverses
+
+
 def pipeline_of(operands: Operands) -> Pipeline | None:
-    """The Hopper kernels' shapes, or None where the general kernels are to run."""
-    pipeline = hopper_pipeline(operands.student_q)
+    """The shapes of the Hopper kernels for 128 channels at most, or None where others are to run."""
+    pipeline = _pick(operands.student_q) if _HAS_GLUON else None
     if pipeline is None:
         return None
     from . import hopper_backend
@@ -258,10 +272,8 @@ def pipeline_of(operands: Operands) -> Pipeline | None:
 
 
 def wide_pipeline_of(operands: Operands) -> WidePipeline | None:
-    """The shapes of the Hopper kernels for 129 to 256 channels, or None where others are to run.
-
-    Their results are equal bit for bit from run to run.
-    """
+    """The shapes of the Hopper kernels whose results are equal bit for bit from run to run, or None where others are to
+    run."""
     x = operands.student_q
     pipeline = pick_wide_pipeline(_architecture(x.device), x.shape[3], x.element_size())
     if pipeline is None or not _HAS_GLUON:
@@ -272,9 +284,9 @@ def wide_pipeline_of(operands: Operands) -> WidePipeline | None:
 
 
 def hopper_pipeline(x: Tensor) -> Pipeline | None:
-    """The Hopper kernels' shapes, or None where GPU, type, head_dim or the user want the general kernels.
+    """The Hopper kernels' shapes for visits, or None where GPU, type, head_dim or the user want the general kernels.
 
-    They also run where `torch.use_deterministic_algorithms(True)` asks for results that are equal bit for bit from
+    Those also run where `torch.use_deterministic_algorithms(True)` asks for results that are equal bit for bit from
     run to run: the general kernels write each number once, the Hopper ones add up a gradient in no fixed order.
     """
     if not _HAS_GLUON or torch.are_deterministic_algorithms_enabled():

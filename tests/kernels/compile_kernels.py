@@ -111,10 +111,13 @@ def launch(
     attention: bool = False,
     deterministic: bool = False,
     visit: bool = False,
+    aligned: bool = True,
 ) -> None:
-    """Forward and backward, of a self-relation, of attention with half as many key heads, or of a visit."""
+    """Forward and backward, of a self-relation, of attention with half as many key heads, or of a visit; of inputs that
+    TMA can read, or not."""
     torch.use_deterministic_algorithms(deterministic)
-    student, teacher = (torch.zeros(1, 2, 256, head_dim, dtype=getattr(torch, dtype)) for _ in range(2))
+    stride = head_dim if aligned else head_dim + 1
+    student, teacher = (torch.zeros(1, 2, 256, stride, dtype=getattr(torch, dtype))[..., :head_dim] for _ in range(2))
     if visit:
         student, teacher = (x[:, :, 128:] for x in (student, teacher))  # a chunk of a shard
         of_rows = torch.zeros(2, 1, 2, 128)  # of student and teacher

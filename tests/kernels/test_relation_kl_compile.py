@@ -106,6 +106,22 @@ def test_wide_hopper_kernels(head_dim: int, dtype: str, tmp_path_factory: pytest
         assert max(kernel["spill_stores"], kernel["spill_loads"]) <= (128 if constants["SEGMENTS"] else 64), kernel
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_hopper_kernels_of_deterministic_mode(head_dim: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    case = {"architecture": "sm_90", "head_dim": head_dim, "dtype": "bfloat16", "deterministic": True}
+    cases = [case | {"segments": False}, case | {"segments": True, "attention": True}]
+    compiled = compile_kernels("hopper", cases, tmp_path_factory.mktemp("triton"))
+    names = [kernel["name"] for kernel in compiled]
+    assert names.count("forward_kernel") == 2 and names.count("wide_backward_kernel") == 3, names
+    for kernel in compiled:
+        assert kernel["constants"]["K"] == head_dim and kernel["constants"].get("OWN", True), kernel
+        assert not kernel["serialized"], kernel
+        room = 1 if kernel["name"] == "wide_backward_kernel" else 2
+        assert room * (kernel["shared"] + _RESERVED) <= _MULTIPROCESSOR, kernel
+        most = 160 if kernel["constants"]["SEGMENTS"] else 64
+        assert max(kernel["spill_stores"], kernel["spill_loads"]) <= most, kernel
+
+
 def test_general_kernels(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Shared memory of what takes the most by each entry of the tile tables; segments make no difference.
 
@@ -117,9 +133,9 @@ def test_general_kernels(tmp_path_factory: pytest.TempPathFactory) -> None:
         ("sm_89", "bfloat16", 256),
         ("sm_80", "float32", 256),
     ]
-    # Otherwise Hopper has kernels of its own, beside which a general one does rows again.
+    # Of aligned ones Hopper has kernels of its own, beside which a general one does rows again.
     cases = [
-        {"architecture": architecture, "dtype": dtype, "head_dim": head_dim, "segments": False, "deterministic": True}
+        {"architecture": architecture, "dtype": dtype, "head_dim": head_dim, "segments": False, "aligned": False}
         for architecture, dtype, head_dim in kinds
     ]
     hopper = {"architecture": "sm_90", "dtype": "bfloat16", "segments": False}

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import relation_kl as rk
 import torch
-from relation_kl_checks import check, evaluate, make_case
+from relation_kl_checks import Case, check, evaluate, make_case
 from torch import Tensor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_scratch")]
@@ -54,6 +54,15 @@ def test_memory_is_linear() -> None:
     assert used <= x.nbytes + 4 * x.numel() + 3.1 * g.nbytes + 2**21
 
 
+def overflowing(head_dim: int, dtype: torch.dtype) -> Case:
+    case = make_case(1, 2, 900, head_dim, dtype, device="cuda")
+    for x in (case.student_q, case.teacher_q):
+        x[:, 1:] = x[:, :1]
+        x[:, 1, 300:] *= 0.1
+        x[:, 1, :100] *= 100
+    return case
+
+
 @pytest.fixture
 def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
@@ -62,9 +71,9 @@ def deterministic() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("deterministic")
-@pytest.mark.parametrize("head_dim", [128, 256])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("key_heads", [None, 2])
-@pytest.mark.parametrize("segments", ["none", "documents"])
+@pytest.mark.parametrize("segments", ["none", "left", "windows", "documents", "scattered"])
 def test_deterministic_mode(segments: str, key_heads: int | None, head_dim: int) -> None:
     """Equal bit for bit from run to run, and as exact as ever."""
     case = make_case(1, 4, 2000, head_dim, torch.bfloat16, segments, key_heads=key_heads, device="cuda")
@@ -73,6 +82,38 @@ def test_deterministic_mode(segments: str, key_heads: int | None, head_dim: int)
     for _ in range(3):
         for a, b in zip(evaluate(case, "triton"), first, strict=True):
             assert (a is None and b is None) or torch.equal(a, b)
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [8, 64, 80, 128])
+def test_deterministic_mode_at_the_edges(head_dim: int, dtype: torch.dtype) -> None:
+    """Lengths around tiles, logits that overflow the pivot, and a first token with a norm 50 times the others'."""
+    for seq_len in (1, 63, 64, 65, 127, 128, 129, 192, 257, 640):
+        check(make_case(2, 2, seq_len, head_dim, dtype, device="cuda"), "triton")
+        check(make_case(1, 4, seq_len, head_dim, dtype, key_heads=1, device="cuda"), "triton")
+    case = overflowing(head_dim, dtype)
+    check(case, "triton", softmax_scale=57.6 / head_dim)
+    case = make_case(1, 4, 900, head_dim, torch.bfloat16, "documents", device="cuda")
+    for x in (case.student_q, case.teacher_q):
+        x[:, :, 0] *= 50
+    check(case, "triton")
+    got = evaluate(case._replace(teacher_q=case.student_q), "triton")
+    assert (got.rows == 0).all() and (got.grad_q == 0).all()
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_deterministic_mode_may_end_before_backward() -> None:
+    """And begin there: what forward hands on says which kernels are to follow."""
+    case = make_case(1, 4, 700, 128, torch.bfloat16, "documents", device="cuda")
+    want = evaluate(case, "triton")
+    for before in (True, False):
+        student = case.student_q.clone().requires_grad_()
+        torch.use_deterministic_algorithms(before)
+        rows = rk.relation_kl(student, case.teacher_q, segment_ids=case.segment_ids, backend="triton")
+        torch.use_deterministic_algorithms(not before)
+        (grad,) = torch.autograd.grad(rows, student, case.row_grad)
+        torch.testing.assert_close(grad.float(), want.grad_q.float(), rtol=2e-2, atol=2e-3)
 
 
 @pytest.mark.parametrize("key_heads", [None, 2])
@@ -141,12 +182,7 @@ def test_first_token_with_a_norm_50_times_the_others(key_heads: int | None, head
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_logits_that_overflow_the_pivot(dtype: torch.dtype, head_dim: int) -> None:
     """Far from the diagonal, logits of up to 1e4 above the diagonal's: rows are done again with a running maximum."""
-    case = make_case(1, 2, 900, head_dim, dtype, device="cuda")
-    for x in (case.student_q, case.teacher_q):
-        x[:, 1:] = x[:, :1]
-        x[:, 1, 300:] *= 0.1
-        x[:, 1, :100] *= 100
-    check(case, "triton", softmax_scale=57.6 / head_dim)
+    check(overflowing(head_dim, dtype), "triton", softmax_scale=57.6 / head_dim)
 
 
 def test_identical_inputs_give_exactly_nothing() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from relation_kl import hopper_backend, segment_kernels, triton_backend
+from relation_kl import hopper_backend, hopper_wide_backend, segment_kernels, triton_backend
 from relation_kl import launch as module
 from relation_kl.launch import launch
 from relation_kl.tiles import HOPPER_BLOCK
@@ -201,8 +201,11 @@ def operands(
     return Operands(q_s, zeros(key_heads), q_t, zeros(key_heads), False)
 
 
+@pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
 @pytest.mark.parametrize("segments", [None, torch.int64, torch.int32], ids=["one", "int64", "int32"])
-def test_hopper_kernels(segments: torch.dtype | None, recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hopper_kernels(
+    segments: torch.dtype | None, deterministic: bool, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As the package launches them, forward and backward, one shape after the other."""
 
     def checked(kernel: Any, programs: Any, *arguments: Any, **constants: Any) -> None:
@@ -217,9 +220,10 @@ def test_hopper_kernels(segments: torch.dtype | None, recorder: Recorder, monkey
             assert programs * named["most"] >= named["items"]
         recorder.launch(kernel, programs, *arguments, **constants)
 
-    for backend in (hopper_backend, triton_backend, segment_kernels):
+    for backend in (hopper_backend, hopper_wide_backend, triton_backend, segment_kernels):
         monkeypatch.setattr(backend, "launch", checked)
     monkeypatch.setattr(triton_backend, "_architecture", lambda device: "sm_90")
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
     cases = [
         operands(2, None, seq_len, head_dim, dtype)
         for seq_len in (1, 16, 100, 128, 257)
@@ -237,9 +241,24 @@ def test_hopper_kernels(segments: torch.dtype | None, recorder: Recorder, monkey
             _, statistics = triton_backend.forward(each, 1.0, ids)
             triton_backend.backward(each, 1.0, ids, statistics, grad)
     of_tiles = [] if segments is None else ["tile_ranges_kernel", "tile_bounds_kernel"]
-    # Backward takes its tiles from forward.
-    one_step = [*of_tiles, "forward_kernel", "forward_again_kernel", "backward_kernel", "finish_kernel"]
-    assert recorder.kernels == one_step * (2 * len(cases))
+    expected = []
+    for each in cases:
+        # Backward takes its tiles from forward, or has larger ones, and a kernel for each gradient.
+        backward = ["backward_kernel", "finish_kernel"]
+        if deterministic:
+            backward = [*of_tiles, *["wide_backward_kernel"] * (1 if each.self_relation else 2)]
+        expected += [*of_tiles, "forward_kernel", "forward_again_kernel", *backward] * 2
+    assert recorder.kernels == expected
+
+
+def test_pivots_of_deterministic_mode() -> None:
+    """From sums relative to the own logit, or minus the logarithm of large ones."""
+    sums = torch.tensor([1.0, 3.0, -90.0, 2.0**80])
+    own = torch.tensor([5.0, -1e4, 7.0, 0.0])
+    pivot_s, pivot_t, inverse_s, inverse_t = triton_backend.absolute(sums, sums.flip(0), own, own.flip(0))
+    assert pivot_s.tolist() == [5.0, -1e4, 97.0, 0.0]
+    torch.testing.assert_close(inverse_s, torch.tensor([1.0, 1 / 3, 1.0, 2.0**-80]))
+    assert torch.equal(pivot_t, pivot_s.flip(0)) and torch.equal(inverse_t, inverse_s.flip(0))
 
 
 def test_what_hooks_in_is_served(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
