@@ -121,7 +121,7 @@ def _spread(of_rows, of_columns, x, ABOVE: gl.constexpr):
 
 @gluon.jit
 def _exponentials(x, scale, m, columns, ABOVE: gl.constexpr):
-    """2 to the power of the logits less their row's maximum, which for ABOVE is in columns."""
+    """2 to the power of the logits less their row's pivot, which for ABOVE is in columns."""
     of_columns = m
     if ABOVE:
         of_columns = columns.load(gl.SliceLayout(0, x.type.layout))

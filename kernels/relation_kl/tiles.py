@@ -77,7 +77,7 @@ _PIPELINES = {
     96: Pipeline(3, 2, 2, 1, 128, 96),
     128: Pipeline(3, 2, 2, 1, 128, 128),
 }
-# The same of the others. Above 128 channels they take 224 to 226 KiB.
+# The same of the others. Above 128 channels they take 224 to 226 KiB; up to there only backward's are used.
 _WIDE_PIPELINES = {
     64: WidePipeline(128, 64, 3, 64, 64, 64),
     96: WidePipeline(128, 128, 3, 64, 128, 96),

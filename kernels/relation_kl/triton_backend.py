@@ -178,7 +178,7 @@ def backward(
     if of_hopper:
         from . import hopper_backend
 
-        pipeline = _pick(q[0])
+        pipeline = pick(q[0])
         assert pipeline is not None
         sum_s, sum_t, *rows = statistics
         segments = None if names is None else (names, rows[0], rows[1])
@@ -263,39 +263,28 @@ def absolute(sum_s: Tensor, sum_t: Tensor, own_s: Tensor, own_t: Tensor) -> tupl
 
 def pipeline_of(operands: Operands) -> Pipeline | None:
     """The shapes of the Hopper kernels for 128 channels at most, or None where others are to run."""
-    pipeline = _pick(operands.student_q) if _HAS_GLUON else None
-    if pipeline is None:
-        return None
-    from . import hopper_backend
-
-    return pipeline if hopper_backend.can_fetch(operands) else None
+    pipeline = pick(operands.student_q)
+    return pipeline if pipeline is not None and _can_fetch(operands) else None
 
 
 def wide_pipeline_of(operands: Operands) -> WidePipeline | None:
     """The shapes of the Hopper kernels whose results are equal bit for bit from run to run, or None where others are to
     run."""
     x = operands.student_q
-    pipeline = pick_wide_pipeline(_architecture(x.device), x.shape[3], x.element_size())
-    if pipeline is None or not _HAS_GLUON:
-        return None
+    pipeline = pick_wide_pipeline(_architecture(x.device), x.shape[3], x.element_size()) if _HAS_GLUON else None
+    return pipeline if pipeline is not None and _can_fetch(operands) else None
+
+
+def pick(x: Tensor) -> Pipeline | None:
+    """The shapes of the Hopper kernels for 128 channels at most, or None where GPU, type, head_dim or Triton's version
+    want others."""
+    return pick_pipeline(_architecture(x.device), x.shape[3], x.element_size()) if _HAS_GLUON else None
+
+
+def _can_fetch(operands: Operands) -> bool:
     from . import hopper_backend
 
-    return pipeline if hopper_backend.can_fetch(operands) else None
-
-
-def hopper_pipeline(x: Tensor) -> Pipeline | None:
-    """The Hopper kernels' shapes for visits, or None where GPU, type, head_dim or the user want the general kernels.
-
-    Those also run where `torch.use_deterministic_algorithms(True)` asks for results that are equal bit for bit from
-    run to run: the general kernels write each number once, the Hopper ones add up a gradient in no fixed order.
-    """
-    if not _HAS_GLUON or torch.are_deterministic_algorithms_enabled():
-        return None
-    return _pick(x)
-
-
-def _pick(x: Tensor) -> Pipeline | None:
-    return pick_pipeline(_architecture(x.device), x.shape[3], x.element_size())
+    return hopper_backend.can_fetch(operands)
 
 
 def tensors_and_strides(operands: Operands) -> tuple[Any, ...]:
